@@ -1,0 +1,61 @@
+//! Where things live in the replicated configuration.
+//!
+//! Documents (people write them, TOML) live under the path that the mounted tree will show;
+//! records (the system writes them, JSON of [`crate::record`]) live under `status/`.
+
+use crate::{Name, NodeId};
+
+/// All VM documents.
+pub const VMS: &str = "vms/";
+/// All placement records.
+pub const PLACEMENTS: &str = "status/vms/";
+/// All node records.
+pub const NODES: &str = "status/nodes/";
+/// All fenced records.
+pub const FENCED: &str = "status/fenced/";
+/// Which leader may act for HA.
+pub const HA_LEADER: &str = "status/ha/leader";
+/// All disk claims.
+pub const DISKS: &str = "status/disks/";
+/// Storage pools.
+pub const POOLS: &str = "status/pools/";
+/// Networks.
+pub const NETWORKS: &str = "status/networks/";
+/// All that is for root alone: CA key, join tokens.
+pub const PRIV: &str = "priv/";
+
+/// A VM's document.
+#[must_use]
+pub fn vm_document(vm: &Name) -> String {
+    format!("{VMS}{vm}.toml")
+}
+/// A VM's placement record: owner, generation, phase.
+#[must_use]
+pub fn placement(vm: &Name) -> String {
+    format!("{PLACEMENTS}{vm}")
+}
+/// A node's record. By id: the name is a label that can change.
+#[must_use]
+pub fn node(node: NodeId) -> String {
+    format!("{NODES}{:020}", node.0)
+}
+/// The record that a node was declared dead; removed by the node itself once it is clean again.
+#[must_use]
+pub fn fenced(node: NodeId) -> String {
+    format!("{FENCED}{:020}", node.0)
+}
+/// The claim of one VM on a writable disk image, `pool/name`.
+#[must_use]
+pub fn disk_claim(image: &str) -> String {
+    format!("{DISKS}{image}")
+}
+/// A storage pool.
+#[must_use]
+pub fn pool(pool: &Name) -> String {
+    format!("{POOLS}{pool}")
+}
+/// A network.
+#[must_use]
+pub fn network(network: &Name) -> String {
+    format!("{NETWORKS}{network}")
+}

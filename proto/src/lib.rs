@@ -1,0 +1,28 @@
+//! The wire: gRPC services and the plain types that every crate shares.
+//!
+//! [`v1`] is generated from `proto/holdfast/v1/*.proto`. The rest are the types whose rules are
+//! checked when they are made: ids, revisions, generations, VM documents, the records that the
+//! system keeps in the replicated configuration, and the keys they live under.
+//!
+//! Architecture invariant: no I/O, no clock, no async of its own.
+
+mod document;
+mod ids;
+pub mod keys;
+pub mod record;
+mod size;
+mod vm_spec;
+
+pub use document::DocumentError;
+pub use ids::{Generation, InvalidName, Name, NodeId, Revision, VmId};
+pub use size::{ByteSize, InvalidSize};
+pub use vm_spec::{
+    BootSpec, CMDLINE_MAX, CPUS_MAX, CpuModel, DiskSpec, HaSpec, MEMORY_MIN, NicSpec, SpecError,
+    ValidatedVmSpec, VmSpec, parse_image, parse_mac,
+};
+
+/// Generated messages, clients and servers of the package `holdfast.v1`.
+#[allow(clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("holdfast.v1");
+}

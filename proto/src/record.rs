@@ -1,0 +1,216 @@
+//! The records that the system keeps in the replicated configuration, as JSON. Additive only: a
+//! new field has a default, an unknown one is kept out of the way.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Generation, Name, NodeId, VmId};
+
+/// Who runs a VM, at which generation, and what is being done with it.
+///
+/// Invariant: only a committed transaction that compares the record's revision changes it, and
+/// each change of owner raises the generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// The VM's id for life.
+    pub vm_id: VmId,
+    /// The one node that may run it.
+    pub owner: NodeId,
+    /// Raised with each change of owner, and when the owner is fenced.
+    pub generation: Generation,
+    /// What is happening to it.
+    pub phase: Phase,
+    /// What was asked for.
+    pub requested: Requested,
+    /// Copied from the document, so that decisions need no document.
+    pub ha: bool,
+    /// vCPUs, for placement.
+    pub cpus: u32,
+    /// Guest memory in bytes, for placement.
+    pub memory_bytes: u64,
+    /// Starts that failed since it last ran or a person last asked for it. The owner counts; it
+    /// puts the VM into [`Phase::Recovering`] with each, and the plan tries again or gives up.
+    #[serde(default)]
+    pub start_failures: u32,
+    /// Why it is in this phase, where that needs saying.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// What happened to it, newest last, at most [`Placement::EVENTS_MAX`].
+    #[serde(default)]
+    pub events: Vec<String>,
+}
+
+impl Placement {
+    /// How many events a record keeps.
+    pub const EVENTS_MAX: usize = 20;
+
+    /// Adds an event, dropping the oldest beyond the limit.
+    pub fn note(&mut self, event: String) {
+        self.events.push(event);
+        let excess = self.events.len().saturating_sub(Self::EVENTS_MAX);
+        self.events.drain(..excess);
+    }
+}
+
+/// Resource states (DESIGN's words; Proxmox and Pacemaker operators will know them).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum Phase {
+    /// Not running, and not to be.
+    Stopped,
+    /// The owner is to start it, or is doing so.
+    Starting,
+    /// Running at its owner.
+    Started,
+    /// The owner is to stop it, or is doing so.
+    Stopping,
+    /// Live migration under way; the owner still runs it.
+    Migrating {
+        /// Where to.
+        target: NodeId,
+    },
+    /// Its owner was fenced, or could not start it: it runs nowhere, and waits for a new owner or
+    /// another try.
+    Recovering,
+    /// It cannot be run; see the message. An operator's `vm start` tries again.
+    Error,
+    /// No node can take it at present; tried again when something changes.
+    Unplaceable,
+}
+
+impl Phase {
+    /// The word shown to people.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Started => "started",
+            Self::Stopping => "stopping",
+            Self::Migrating { .. } => "migrating",
+            Self::Recovering => "recovering",
+            Self::Error => "error",
+            Self::Unplaceable => "unplaceable",
+        }
+    }
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Requested {
+    /// To run.
+    Started,
+    /// Not to run.
+    Stopped,
+}
+
+/// A node as the cluster knows it. Written by the node when it comes up, and for maintenance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Id for life.
+    pub node_id: NodeId,
+    /// The label people see.
+    pub name: Name,
+    /// `host:port` of its gRPC service.
+    pub api_address: String,
+    /// Logical CPUs.
+    pub cpus: u32,
+    /// Memory that VMs may use, bytes.
+    pub memory_bytes: u64,
+    /// Set by `node drain`, cleared by `node resume`: takes no VMs, gives its VMs away.
+    #[serde(default)]
+    pub maintenance: bool,
+    /// What its KVM offers guests, for the CPU model that all nodes share; empty: no KVM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpuid: Vec<CpuidRecord>,
+    /// Identity of the watchdog that guards it; empty: none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub watchdog: String,
+    /// svm | vmx | pvm | none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kvm: String,
+    /// The agent's version.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub version: String,
+}
+
+/// One answer of the CPUID instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidRecord {
+    /// EAX on input.
+    pub leaf: u32,
+    /// ECX on input, where the leaf has subleaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subleaf: Option<u32>,
+    /// EAX on output.
+    pub eax: u32,
+    /// EBX on output.
+    pub ebx: u32,
+    /// ECX on output.
+    pub ecx: u32,
+    /// EDX on output.
+    pub edx: u32,
+}
+
+/// Which leader may act for HA, and acknowledge heartbeats. Each new leader writes it before it
+/// does either; whatever an earlier leader still has in flight compares it and so comes to nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HaLeaderRecord {
+    /// Who.
+    pub node: NodeId,
+    /// In which Raft term.
+    pub term: u64,
+}
+
+/// A node was declared dead: its VMs' generations were raised in the same transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FencedRecord {
+    /// The Raft term in which it was declared.
+    pub term: u64,
+    /// The node that declared it.
+    pub by: NodeId,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// One VM's exclusive right to write an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskClaim {
+    /// Who.
+    pub vm_id: VmId,
+    /// Its name, for the message to whoever else wants the image.
+    pub vm: Name,
+}
+
+/// A storage pool: a folder, on each node by itself or shared by all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolRecord {
+    /// Name.
+    pub name: Name,
+    /// Shared or local.
+    pub kind: PoolKind,
+    /// Folder, the same path on every node.
+    pub path: String,
+}
+
+/// Whether a pool's content is the same on all nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolKind {
+    /// A folder of each node's own.
+    LocalDir,
+    /// One folder that all nodes mount (NFS, 9p, a cluster file system).
+    SharedDir,
+}
+
+/// A network that NICs plug into: a bridge of this name on every node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// Name.
+    pub name: Name,
+    /// Bridge interface, made where missing.
+    pub bridge: String,
+    /// NIC to enslave to a bridge that was made; empty: none.
+    #[serde(default)]
+    pub uplink: String,
+}
