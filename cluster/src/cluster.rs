@@ -1,0 +1,309 @@
+//! The handle that the agent works with.
+
+use std::sync::Arc;
+
+use futures::Stream;
+use futures::stream::BoxStream;
+use proto::v1::config_server::ConfigServer;
+use proto::v1::enrolment_server::EnrolmentServer;
+use proto::v1::membership_server::MembershipServer;
+use proto::v1::raft_server::RaftServer;
+use proto::{NodeId, Revision, v1};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+use tonic::{Request, Status};
+
+use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
+use crate::node::Node;
+use crate::service::{ConfigService, EnrolmentService, MembershipService, public};
+use crate::tls::{self, Admit, TlsConnection};
+use crate::{
+    Consistency, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError, RangeResult,
+    StoreError, Txn, TxnOutcome, WatchBatch, WatchError, membership,
+};
+
+/// The largest gRPC message taken from clients and nodes, bytes.
+const MESSAGE_MAX: usize = 64 << 20;
+
+/// A member of a cluster; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Cluster {
+    node: Arc<Node>,
+}
+
+impl Cluster {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+
+    /// This node's id.
+    #[must_use]
+    pub fn node_id(&self) -> NodeId {
+        self.node.id()
+    }
+    /// This node's name.
+    #[must_use]
+    pub fn node_name(&self) -> &str {
+        &self.node.identity().record.node_name
+    }
+    /// The cluster's id, which stands in every certificate.
+    #[must_use]
+    pub fn cluster_id(&self) -> &str {
+        &self.node.identity().record.cluster_id
+    }
+    /// The cluster's name.
+    #[must_use]
+    pub fn cluster_name(&self) -> &str {
+        &self.node.identity().record.cluster_name
+    }
+    /// SHA-256 of the CA certificate's DER, hexadecimal.
+    #[must_use]
+    pub fn ca_fingerprint(&self) -> &str {
+        self.node.ca_fingerprint()
+    }
+
+    /// One key, and the store's revision that the answer belongs to.
+    ///
+    /// # Errors
+    /// [`StoreError`]; within the request timeout.
+    pub async fn get(
+        &self,
+        key: &str,
+        consistency: Consistency,
+    ) -> Result<(Option<KeyValue>, Revision), StoreError> {
+        public(key)?;
+        self.node.get(key, consistency).await
+    }
+    /// Keys with a prefix, in order, after `after` (empty: from the first), at most `limit` (0: all).
+    ///
+    /// # Errors
+    /// [`StoreError`]; within the request timeout.
+    pub async fn range(
+        &self,
+        prefix: &str,
+        after: &str,
+        limit: usize,
+        consistency: Consistency,
+    ) -> Result<RangeResult, StoreError> {
+        self.node.range(prefix, after, limit, consistency, false).await
+    }
+    /// Proposes a transaction wherever the leader is, and repeats it safely until its outcome is
+    /// known or the request timeout (5 s) is over.
+    ///
+    /// # Errors
+    /// [`StoreError::NoQuorum`]: nothing was written. [`StoreError::UnknownOutcome`]: repeat with
+    /// the same name ([`Txn::named`]).
+    pub async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        txn.keys().try_for_each(public)?;
+        self.node.txn(txn).await
+    }
+    /// Every change of keys with a prefix from a revision on (0: from now on), as this node
+    /// applies them: in revision order, none lost, none doubled.
+    ///
+    /// # Errors
+    /// [`WatchError::Compacted`]; the stream ends with an error when it cannot go on.
+    pub fn watch(
+        &self,
+        prefix: &str,
+        from: Revision,
+    ) -> Result<BoxStream<'static, Result<WatchBatch, WatchError>>, WatchError> {
+        self.node.watch(prefix, from)
+    }
+
+    /// The leader, as this node knows.
+    #[must_use]
+    pub fn leader(&self) -> Option<NodeId> {
+        self.node.metrics().current_leader.map(NodeId)
+    }
+    /// The Raft term, as this node knows.
+    #[must_use]
+    pub fn term(&self) -> u64 {
+        self.node.metrics().current_term
+    }
+    /// Whether this node leads, and since when; changes are seen at once.
+    #[must_use]
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.node.leadership()
+    }
+    /// Confirms with a quorum, by messages sent after this call began, that this node leads.
+    /// The answer is the term.
+    ///
+    /// # Errors
+    /// [`NotLeader`]
+    pub async fn confirm_leadership(&self) -> Result<u64, NotLeader> {
+        self.node.alive().map_err(|error| NotLeader::Unconfirmed(error.to_string()))?;
+        let before = self.node.metrics().current_term;
+        match self.node.lead(Forward::ReadIndex, self.node.config().request_timeout).await {
+            Forwarded::ReadIndex(_) => {}
+            Forwarded::NotLeader { leader } => {
+                return Err(NotLeader::Elsewhere { leader: leader.map(NodeId) });
+            }
+            Forwarded::Unavailable(why) | Forwarded::Unknown(why) => {
+                return Err(NotLeader::Unconfirmed(why));
+            }
+            other => return Err(NotLeader::Unconfirmed(format!("{other:?}"))),
+        }
+        // The confirmed term is one of those between the two looks: only where they are the same
+        // is it known which.
+        let metrics = self.node.metrics();
+        if metrics.current_term == before {
+            Ok(before)
+        } else {
+            Err(NotLeader::Elsewhere { leader: metrics.current_leader.map(NodeId) })
+        }
+    }
+
+    /// All members, as this node knows.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        self.node.members()
+    }
+    /// What `cluster status` shows; `quorum` is confirmed for this answer.
+    pub async fn status(&self) -> v1::ClusterStatus {
+        membership::status(&self.node).await
+    }
+    /// A one-time join token. 0: valid for an hour.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn create_token(
+        &self,
+        ttl_s: u32,
+    ) -> Result<v1::CreateTokenResponse, MembershipError> {
+        membership::create_token(&self.node, ttl_s).await
+    }
+    /// Takes a node out of the cluster. It learns so and stops serving. The caller has checked
+    /// that it owns no VMs.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn remove_node(&self, node: NodeId) -> Result<(), MembershipError> {
+        membership::remove_node(&self.node, node).await
+    }
+    /// A client certificate for a PEM certificate request.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn issue_client(
+        &self,
+        name: &str,
+        csr_pem: &str,
+    ) -> Result<v1::IssueClientResponse, MembershipError> {
+        membership::issue_client(&self.node, name, csr_pem).await
+    }
+
+    /// A gRPC channel to a member: mTLS, accepted only from that very node, shared and kept.
+    /// It connects at its first use, and again after a failure.
+    ///
+    /// # Errors
+    /// [`MembershipError::UnknownNode`]
+    pub fn peer_channel(&self, node: NodeId) -> Result<Channel, MembershipError> {
+        let members = self.node.members();
+        let member = members.iter().find(|member| member.node_id == node);
+        let channel =
+            member.and_then(|member| self.node.peers().shared(node.0, &member.api_address));
+        channel.ok_or_else(|| MembershipError::UnknownNode(node.to_string()))
+    }
+    /// Whether the other end of a connection may still ask for anything: a removed node's
+    /// certificate is good for years, and its connections may have outlived its membership.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, in words by which the node learns that it was removed.
+    pub fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        match tls::peer(request) {
+            Some(tls::PeerIdentity::Node(id)) if self.node.was_removed(id) => {
+                Err(Status::permission_denied(REMOVED))
+            }
+            _ => Ok(()),
+        }
+    }
+    /// The calling node's id, if it is a present member.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, `UNAUTHENTICATED`
+    pub fn require_member<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
+        let id = tls::require_node(request)?;
+        if self.node.was_removed(id) || !self.members().iter().any(|m| m.node_id == id) {
+            return Err(Status::permission_denied(format!(
+                "node {id} is no member of this cluster"
+            )));
+        }
+        Ok(id)
+    }
+
+    /// Resolves when this member can take no part any more, with the reason: its database failed,
+    /// it was removed from the cluster, or it was shut down. The agent stops its HA VMs and ends.
+    pub async fn failed(&self) -> StoreError {
+        let mut failure = self.node.failure();
+        match failure.wait_for(Option::is_some).await {
+            Ok(failure) => failure.clone().unwrap_or(StoreError::Shutdown),
+            Err(_) => StoreError::Shutdown,
+        }
+    }
+    /// Stops Raft and closes the database. The data folder can be opened again afterwards.
+    pub async fn shutdown(&self) {
+        self.node.shutdown().await;
+    }
+}
+
+/// Services to mount, and connections to serve them on: the first three (with the agent's own) on
+/// [`Cluster::incoming`] and the local socket (without Raft), the last on [`Cluster::enrol_incoming`].
+impl Cluster {
+    /// Raft's messages. For nodes only; it checks that itself.
+    #[must_use]
+    pub fn raft_service(&self) -> RaftServer<RaftService> {
+        RaftServer::new(RaftService::new(self.node.clone())).max_decoding_message_size(MESSAGE_MAX)
+    }
+    /// The store.
+    #[must_use]
+    pub fn config_service(&self) -> ConfigServer<ConfigService> {
+        ConfigServer::new(ConfigService::new(self.node.clone()))
+    }
+    /// Status, tokens, removal, client certificates.
+    #[must_use]
+    pub fn membership_service(&self) -> MembershipServer<MembershipService> {
+        MembershipServer::new(MembershipService::new(self.node.clone()))
+    }
+    /// For joining nodes.
+    #[must_use]
+    pub fn enrolment_service(&self) -> EnrolmentServer<EnrolmentService> {
+        EnrolmentServer::new(EnrolmentService::new(self.node.clone()))
+    }
+
+    /// Accepts mTLS connections on the api port, for `serve_with_incoming`. Handshakes run side by
+    /// side, each with a time limit; what is not TLS, or without a certificate of this cluster, is
+    /// logged and dropped.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the node's key and certificates do not work.
+    pub fn incoming(
+        &self,
+        listener: TcpListener,
+    ) -> Result<
+        impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<>,
+        OpenError,
+    > {
+        let tls =
+            tls::member_server(self.node.identity()).map_err(|error| self.unusable(&error))?;
+        Ok(tls::incoming(listener, tls, Admit::Members(self.cluster_id().to_owned())))
+    }
+    /// Accepts server-authenticated TLS connections on the enrolment port.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the node's key and certificates do not work.
+    pub fn enrol_incoming(
+        &self,
+        listener: TcpListener,
+    ) -> Result<
+        impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<>,
+        OpenError,
+    > {
+        let tls = tls::enrol_server(self.node.identity()).map_err(|error| self.unusable(&error))?;
+        Ok(tls::incoming(listener, tls, Admit::Anyone))
+    }
+
+    fn unusable(&self, error: &dyn std::fmt::Display) -> OpenError {
+        OpenError::Unusable { path: self.node.config().data_dir.clone(), detail: error.to_string() }
+    }
+}

@@ -1,0 +1,63 @@
+//! What a cluster member is told when it opens: where its data is, how others reach it, timings.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of one member. Addresses are the advertised ones, as other nodes dial them.
+#[derive(Debug, Clone)]
+pub struct ClusterConfig {
+    /// Folder of this node alone: key, certificate, database, snapshots. Made with mode 0700.
+    pub data_dir: PathBuf,
+    /// `host:port` of the mTLS gRPC listener.
+    pub api_address: String,
+    /// `host:port` of the enrolment listener (server-authenticated TLS).
+    pub enrol_address: String,
+    /// Raft's timings.
+    pub timings: RaftTimings,
+    /// How long a read or write may look for a quorum before it is refused.
+    pub request_timeout: Duration,
+    /// Below this much free space under `data_dir` the node takes no log entries, bytes.
+    pub min_free_bytes: u64,
+    /// How many revisions of history stay readable (and can be watched from).
+    pub history_revisions: u64,
+    /// Log entries between two snapshots.
+    pub snapshot_every: u64,
+    /// Log entries kept behind a snapshot for followers that lag a little.
+    pub snapshot_keep: u64,
+}
+
+impl ClusterConfig {
+    /// Settings with the defaults of a LAN.
+    #[must_use]
+    pub fn new(data_dir: PathBuf, api_address: String, enrol_address: String) -> Self {
+        Self {
+            data_dir,
+            api_address,
+            enrol_address,
+            timings: RaftTimings::default(),
+            request_timeout: Duration::from_secs(5),
+            min_free_bytes: 32 << 20,
+            history_revisions: 100_000,
+            snapshot_every: 20_000,
+            snapshot_keep: 5_000,
+        }
+    }
+}
+
+/// Raft's timings, in milliseconds. The defaults held on a LAN with fsync at every commit; slow
+/// machines (an emulated lab) want more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RaftTimings {
+    /// Between two heartbeats of the leader.
+    pub heartbeat_ms: u64,
+    /// A follower that hears nothing for a time between these two starts an election.
+    pub election_min_ms: u64,
+    /// Upper end of that time.
+    pub election_max_ms: u64,
+}
+
+impl Default for RaftTimings {
+    fn default() -> Self {
+        Self { heartbeat_ms: 100, election_min_ms: 500, election_max_ms: 1000 }
+    }
+}

@@ -1,0 +1,158 @@
+//! Raft's log, vote, and committed position in the database.
+//!
+//! Appends return when the entries are readable, and are reported when a shared fsync has made them
+//! durable. A vote is durable when `save_vote` returns.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::sync::Arc;
+
+use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
+use openraft::{OptionalSend, RaftLogReader};
+
+use super::types::{Entry, LogId, TypeConfig, Vote};
+use crate::machine::{decode, encode};
+use crate::storage::{Cf, Db};
+
+const VOTE: &[u8] = b"vote";
+const COMMITTED: &[u8] = b"committed";
+const PURGED: &[u8] = b"purged";
+
+/// How much one message to a follower carries at most (at least one entry), bytes.
+const MESSAGE_BYTES: usize = 4 << 20;
+
+/// Reads and writes Raft's log; cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct LogStore {
+    db: Arc<Db>,
+}
+
+impl LogStore {
+    pub(crate) fn new(db: Arc<Db>) -> Self {
+        Self { db }
+    }
+
+    fn read(&self, from: u64, to: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
+        self.db.view(|view| {
+            let (mut entries, mut bytes) = (Vec::new(), 0);
+            for row in view.raw_from(Cf::Log, &from.to_be_bytes())? {
+                let (key, value) = row?;
+                if index_of(&key)? >= to || (bytes > 0 && bytes + value.len() > max_bytes) {
+                    break;
+                }
+                bytes += value.len();
+                entries.push(decode(&value)?);
+            }
+            Ok(entries)
+        })
+    }
+
+    fn setting<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> io::Result<Option<T>> {
+        self.db.view(|view| view.raw(Cf::Vote, key)?.map(|bytes| decode(&bytes)).transpose())
+    }
+}
+
+fn index_of(key: &[u8]) -> io::Result<u64> {
+    <[u8; 8]>::try_from(key)
+        .map(u64::from_be_bytes)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "a log key is damaged"))
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB>(&mut self, range: RB) -> Result<Vec<Entry>, io::Error>
+    where
+        RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        let from = match range.start_bound() {
+            Bound::Included(index) => *index,
+            Bound::Excluded(index) => index.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let to = match range.end_bound() {
+            Bound::Included(index) => index.saturating_add(1),
+            Bound::Excluded(index) => *index,
+            Bound::Unbounded => u64::MAX,
+        };
+        self.read(from, to, usize::MAX)
+    }
+
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, io::Error> {
+        self.read(start, end, MESSAGE_BYTES)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        self.setting(VOTE)
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let last_purged_log_id: Option<LogId> = self.setting(PURGED)?;
+        let last = self.db.view(|view| {
+            let row = view.raw_last(Cf::Log)?;
+            row.map(|(_, value)| decode::<Entry>(&value)).transpose()
+        })?;
+        let last_log_id = last.map(|entry| entry.log_id).or(last_purged_log_id);
+        Ok(LogState { last_purged_log_id, last_log_id })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let bytes = encode(vote)?;
+        self.db.write(|batch| batch.put(Cf::Vote, VOTE, &bytes))?;
+        self.db.durable().await
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        // Not synced: it survives the process, and what a power loss does to it is seen at opening
+        // (`Db::lost_tail`).
+        let bytes = encode(&committed)?;
+        self.db.write(|batch| batch.put(Cf::Vote, COMMITTED, &bytes))
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(self.setting::<Option<LogId>>(COMMITTED)?.flatten())
+    }
+
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: IOFlushed<TypeConfig>,
+    ) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        self.db.write(|batch| {
+            for entry in entries {
+                batch.put(Cf::Log, &entry.log_id.index.to_be_bytes(), &encode(&entry)?)?;
+            }
+            Ok(())
+        })?;
+        self.db.when_durable(move |result| callback.io_completed(result));
+        Ok(())
+    }
+
+    async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
+        let from = last_log_id.map_or(0, |id| id.index.saturating_add(1));
+        self.db.write(|batch| batch.delete_range(Cf::Log, &from.to_be_bytes(), &[0xff; 9]))
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
+        let (purged, to) = (encode(&log_id)?, log_id.index.saturating_add(1));
+        self.db.write(|batch| {
+            batch.put(Cf::Vote, PURGED, &purged)?;
+            batch.delete_range(Cf::Log, &[0; 8], &to.to_be_bytes())
+        })
+    }
+}

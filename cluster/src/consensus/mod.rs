@@ -1,0 +1,26 @@
+//! Raft, by openraft: the only module that names that crate.
+//!
+//! [`log_store`](LogStore) and [`state`](StateMachine) keep Raft's data in the database,
+//! [`network`](Network) sends its messages, [`start`] puts them together.
+
+pub(crate) mod lead;
+mod log_store;
+mod network;
+mod service;
+mod snapshot;
+mod start;
+mod state;
+mod types;
+
+#[cfg(test)]
+mod suite_tests;
+
+pub(crate) use lead::current_metrics;
+pub(crate) use log_store::LogStore;
+pub(crate) use network::{Network, Peers, REMOVED, ask};
+pub use service::RaftService;
+pub(crate) use service::{Forward, Forwarded};
+pub(crate) use snapshot::clean_up;
+pub(crate) use start::start;
+pub(crate) use state::{StateMachine, position};
+pub(crate) use types::{MemberNode, Metrics, Raft};

@@ -1,0 +1,390 @@
+//! Raft's messages to other members, as gRPC over mutual TLS.
+//!
+//! Heartbeats, log entries and snapshots have a connection each, so that none waits behind another.
+//! A node that cannot be reached is an error, always: silence must never count as consent.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
+use openraft::OptionalSend;
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
+    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use proto::NodeId;
+use proto::v1::raft_client::RaftClient;
+use proto::v1::{RaftMessage, SnapshotChunk};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tonic::Status;
+use tonic::transport::Channel;
+
+use super::service::{Forward, Forwarded};
+use super::snapshot::SnapshotFile;
+use super::types::{MemberNode, Snapshot, TypeConfig, Vote};
+use crate::identity::node_host;
+use crate::tls::channel;
+
+/// The largest message that is taken from a member, bytes.
+pub(super) const MESSAGE_MAX: usize = 64 << 20;
+const CHUNK: usize = 1 << 20;
+
+/// Channels to the other members, each pinned to one node's certificate.
+#[derive(Debug)]
+pub(crate) struct Peers {
+    tls: Arc<rustls::ClientConfig>,
+    cluster_id: String,
+    shared: Mutex<HashMap<(u64, String), Channel>>,
+}
+
+impl Peers {
+    pub(crate) fn new(tls: Arc<rustls::ClientConfig>, cluster_id: String) -> Self {
+        Self { tls, cluster_id, shared: Mutex::new(HashMap::new()) }
+    }
+
+    /// A connection of its own.
+    pub(crate) fn dedicated(&self, node: u64, address: &str) -> Option<Channel> {
+        let expect = node_host(&self.cluster_id, NodeId(node))?;
+        Some(channel(self.tls.clone(), address.to_owned(), expect))
+    }
+
+    /// The connection that all callers share.
+    pub(crate) fn shared(&self, node: u64, address: &str) -> Option<Channel> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (node, address.to_owned());
+        if let Some(channel) = shared.get(&key) {
+            return Some(channel.clone());
+        }
+        let channel = self.dedicated(node, address)?;
+        shared.retain(|(id, _), _| *id != node);
+        shared.insert(key, channel.clone());
+        Some(channel)
+    }
+}
+
+/// A client for Raft's messages on a channel.
+pub(super) fn raft_client(channel: Channel) -> RaftClient<Channel> {
+    RaftClient::new(channel).max_decoding_message_size(MESSAGE_MAX)
+}
+
+/// Asks a member for what a leader does. Where the request may have reached it, the outcome of a
+/// failed call is unknown.
+pub(crate) async fn ask(
+    channel: Channel,
+    asked: &Forward,
+    limit: Duration,
+    removed: &tokio::sync::watch::Sender<bool>,
+) -> Forwarded {
+    let message = match to_message(asked) {
+        Ok(message) => message,
+        Err(status) => return Forwarded::Unavailable(status.message().to_owned()),
+    };
+    let mut client = raft_client(channel);
+    let answer = match tokio::time::timeout(limit, client.forward(message)).await {
+        Ok(answer) => answer,
+        Err(_) => return Forwarded::Unknown("the leader did not answer in time".to_owned()),
+    };
+    match answer {
+        Ok(answer) => from_message(answer.get_ref())
+            .unwrap_or_else(|status| Forwarded::Unknown(status.message().to_owned())),
+        Err(status) => {
+            note_removal(removed, &status);
+            let why = format!("the leader cannot be asked: {}", status.message());
+            if nothing_was_sent(&status) {
+                Forwarded::Unavailable(why)
+            } else {
+                Forwarded::Unknown(why)
+            }
+        }
+    }
+}
+
+/// Whether a call failed before a connection was there to send it on, or was refused unread.
+fn nothing_was_sent(status: &Status) -> bool {
+    if matches!(status.code(), tonic::Code::PermissionDenied | tonic::Code::Unauthenticated) {
+        return true;
+    }
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// Makes openraft's clients.
+#[derive(Debug, Clone)]
+pub(crate) struct Network {
+    pub(crate) peers: Arc<Peers>,
+    /// How long an append may stay unanswered while the connection looks alive.
+    pub(crate) append_limit: Duration,
+    /// Called when a member says that this node was removed.
+    pub(crate) removed: Arc<tokio::sync::watch::Sender<bool>>,
+}
+
+impl RaftNetworkFactory<TypeConfig> for Network {
+    type Network = Link;
+
+    async fn new_client(&mut self, target: u64, node: &MemberNode) -> Link {
+        Link {
+            client: self.peers.dedicated(target, &node.api_address).map(raft_client),
+            append_limit: self.append_limit,
+            removed: self.removed.clone(),
+        }
+    }
+}
+
+/// One of openraft's connections to one member.
+#[derive(Debug)]
+pub(crate) struct Link {
+    client: Option<RaftClient<Channel>>,
+    append_limit: Duration,
+    removed: Arc<tokio::sync::watch::Sender<bool>>,
+}
+
+/// The status message by which a member tells a node that it was removed.
+pub(crate) const REMOVED: &str = "this node was removed from the cluster";
+
+type Rpc<T> = Result<T, RPCError<TypeConfig>>;
+
+fn unreachable(detail: impl ToString) -> RPCError<TypeConfig> {
+    RPCError::Unreachable(Unreachable::from_string(detail))
+}
+
+pub(super) fn to_message<T: Serialize>(value: &T) -> Result<RaftMessage, Status> {
+    let payload =
+        postcard::to_stdvec(value).map_err(|error| Status::internal(error.to_string()))?;
+    Ok(RaftMessage { payload })
+}
+
+pub(super) fn from_message<T: DeserializeOwned>(message: &RaftMessage) -> Result<T, Status> {
+    postcard::from_bytes(&message.payload)
+        .map_err(|error| Status::invalid_argument(format!("not a Raft message: {error}")))
+}
+
+impl Link {
+    fn client(&self) -> Rpc<RaftClient<Channel>> {
+        self.client.clone().ok_or_else(|| unreachable("the member's name is not a valid host name"))
+    }
+
+    fn failed(&self, status: &Status) -> RPCError<TypeConfig> {
+        note_removal(&self.removed, status);
+        unreachable(format!("{}: {}", status.code(), status.message()))
+    }
+
+    async fn unary<Q: Serialize, A: DeserializeOwned, F>(
+        &self,
+        request: &Q,
+        limit: Duration,
+        call: impl FnOnce(RaftClient<Channel>, RaftMessage) -> F,
+    ) -> Rpc<A>
+    where
+        F: Future<Output = Result<tonic::Response<RaftMessage>, Status>>,
+    {
+        let message = to_message(request).map_err(|status| self.failed(&status))?;
+        let answer = tokio::time::timeout(limit, call(self.client()?, message))
+            .await
+            .map_err(|_| unreachable("no answer in time"))?
+            .map_err(|status| self.failed(&status))?;
+        from_message(answer.get_ref()).map_err(|status| self.failed(&status))
+    }
+}
+
+fn note_removal(removed: &tokio::sync::watch::Sender<bool>, status: &Status) {
+    if status.code() == tonic::Code::PermissionDenied && status.message() == REMOVED {
+        removed.send_replace(true);
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for Link {
+    type SnapshotData = SnapshotFile;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<AppendEntriesResponse<TypeConfig>> {
+        // openraft replicates by `stream_append` alone; this is the same for one request.
+        let (prev, last) = (rpc.prev_log_id, rpc.entries.last().map(|entry| entry.log_id));
+        let input = futures::stream::iter([rpc]);
+        let mut answers = RaftNetworkV2::stream_append(self, input, option).await?;
+        match answers.next().await {
+            None => Err(unreachable("the stream ended without an answer")),
+            Some(Err(error)) => Err(error),
+            Some(Ok(Ok(matching))) if matching == last.or(prev) => {
+                Ok(AppendEntriesResponse::Success)
+            }
+            Some(Ok(Ok(matching))) => Ok(AppendEntriesResponse::PartialSuccess(matching)),
+            Some(Ok(Err(openraft::raft::StreamAppendError::Conflict(_)))) => {
+                Ok(AppendEntriesResponse::Conflict)
+            }
+            Some(Ok(Err(openraft::raft::StreamAppendError::HigherVote(vote)))) => {
+                Ok(AppendEntriesResponse::HigherVote(vote))
+            }
+        }
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _option: RPCOption,
+    ) -> Pin<
+        Box<
+            dyn Future<Output = Rpc<BoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>>>
+                + Send
+                + 's,
+        >,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let mut client = self.client()?;
+            // Requests sent less answers received: only a debt makes silence an error.
+            let sent = Arc::new(AtomicU64::new(0));
+            let counter = sent.clone();
+            let requests = input.filter_map(move |request| {
+                counter.fetch_add(1, Ordering::SeqCst);
+                // What cannot be encoded is left out; its answer is then missed and time runs out.
+                futures::future::ready(to_message(&request).ok())
+            });
+            let opened = tokio::time::timeout(self.append_limit, client.append(requests));
+            let answers = opened
+                .await
+                .map_err(|_| unreachable("no answer in time"))?
+                .map_err(|status| self.failed(&status))?
+                .into_inner();
+            let removed = self.removed.clone();
+            let limit = self.append_limit;
+            let state = (answers, sent, 0u64, false);
+            let stream = futures::stream::unfold(state, move |(mut answers, sent, got, over)| {
+                let removed = removed.clone();
+                async move {
+                    if over {
+                        return None;
+                    }
+                    let answer = next_answer(&mut answers, &sent, got, limit).await;
+                    let item = match answer {
+                        Ok(None) => return None,
+                        Ok(Some(message)) => from_message(&message).map_err(unreachable),
+                        Err(status) => {
+                            note_removal(&removed, &status);
+                            Err(unreachable(format!("{}: {}", status.code(), status.message())))
+                        }
+                    };
+                    let over = item.is_err();
+                    Some((item, (answers, sent, got + 1, over)))
+                }
+            });
+            Ok(stream.boxed())
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<VoteResponse<TypeConfig>> {
+        self.unary(&rpc, option.soft_ttl(), |mut client, m| async move { client.vote(m).await })
+            .await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<VoteResponse<TypeConfig>> {
+        self.unary(&rpc, option.soft_ttl(), |mut client, m| async move { client.pre_vote(m).await })
+            .await
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<TransferLeaderResponse<TypeConfig>> {
+        self.unary(&rpc, option.soft_ttl(), |mut client, m| async move {
+            client.transfer_leader(m).await
+        })
+        .await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let network = |error: &dyn std::fmt::Display| {
+            StreamingError::Network(NetworkError::from_string(error.to_string()))
+        };
+        let header =
+            postcard::to_stdvec(&(vote, &snapshot.meta)).map_err(|error| network(&error))?;
+        let mut client = self.client().map_err(StreamingError::from)?;
+        let answer = client.install_snapshot(chunks(header, snapshot.snapshot));
+        tokio::select! {
+            closed = cancel => Err(StreamingError::Closed(closed)),
+            answer = tokio::time::timeout(option.soft_ttl(), answer) => {
+                let answer = answer.map_err(|_| network(&"the snapshot took too long"))?;
+                let message = answer.map_err(|status| StreamingError::from(self.failed(&status)))?;
+                from_message(message.get_ref()).map_err(|status| network(&status))
+            }
+        }
+    }
+}
+
+/// The next answer. Silence is an error only while a request is unanswered.
+async fn next_answer(
+    answers: &mut tonic::Streaming<RaftMessage>,
+    sent: &AtomicU64,
+    got: u64,
+    limit: Duration,
+) -> Result<Option<RaftMessage>, Status> {
+    let mut owed_before = sent.load(Ordering::SeqCst) > got;
+    let message = answers.message();
+    tokio::pin!(message);
+    loop {
+        match tokio::time::timeout(limit, &mut message).await {
+            Ok(answer) => return answer,
+            Err(_) if owed_before => return Err(Status::deadline_exceeded("no answer in time")),
+            Err(_) => owed_before = sent.load(Ordering::SeqCst) > got,
+        }
+    }
+}
+
+/// A snapshot in pieces; the first carries the header.
+fn chunks(header: Vec<u8>, file: SnapshotFile) -> impl Stream<Item = SnapshotChunk> + Send {
+    let file = Arc::new(file);
+    futures::stream::unfold((Some(header), 0u64), move |(header, offset)| {
+        let file = file.clone();
+        async move {
+            let read = tokio::task::spawn_blocking(move || file.chunk(offset, CHUNK)).await;
+            let data = match read {
+                Ok(Ok(data)) => data,
+                // The receiver sees a snapshot that is too short and refuses it.
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "cannot read the snapshot that is being sent");
+                    return None;
+                }
+                Err(_) => return None,
+            };
+            if data.is_empty() && header.is_none() {
+                return None;
+            }
+            let next = offset + u64::try_from(data.len()).unwrap_or(0);
+            let chunk = SnapshotChunk { header: header.unwrap_or_default(), data };
+            Some((chunk, (None, next)))
+        }
+    })
+}

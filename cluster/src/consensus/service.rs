@@ -1,0 +1,218 @@
+//! The gRPC service `Raft`: for the cluster's nodes alone.
+
+use std::io::Write;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use openraft::raft::AppendEntriesRequest;
+use proto::NodeId;
+use proto::v1::raft_server::Raft as RaftApi;
+use proto::v1::{RaftMessage, SnapshotChunk};
+use serde::{Deserialize, Serialize};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::network::{REMOVED, from_message, to_message};
+use super::snapshot::SnapshotFile;
+use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::machine::{Reply, TxnCommand};
+use crate::node::Node;
+use crate::tls::require_node;
+
+/// What a member asks the leader for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Forward {
+    /// Nothing: is this node still known?
+    Hello,
+    /// Propose a transaction.
+    Txn(TxnCommand),
+    /// Confirm leadership with a quorum, then say which log index a read must have applied.
+    ReadIndex,
+    /// Take a node in as a learner.
+    AddLearner { id: u64, node: MemberNode },
+    /// Take a node out.
+    Remove { id: u64 },
+    /// How the others are doing.
+    Progress,
+}
+
+/// What the leader answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Forwarded {
+    /// Done.
+    Done,
+    /// A transaction's reply.
+    Reply(Reply),
+    /// A read is good once this index is applied.
+    ReadIndex(u64),
+    /// Not done: this node does not lead.
+    NotLeader { leader: Option<u64> },
+    /// Not done, and trying again may help.
+    Unavailable(String),
+    /// Perhaps done.
+    Unknown(String),
+    /// Not done: the leader's disk is full.
+    DiskFull { folder: String, free_bytes: u64 },
+    /// Not done: the members that would be left are no quorum.
+    QuorumAtRisk { left: usize, voters: usize },
+    /// Not done: there is no such node.
+    UnknownNode,
+    /// Not done: it is the only one.
+    LastNode,
+    /// Lag (log entries) and milliseconds since the last contact, by node.
+    Progress(Vec<(u64, Option<u64>, Option<u64>)>),
+}
+
+/// Serves Raft's messages.
+#[derive(Debug, Clone)]
+pub struct RaftService {
+    node: Arc<Node>,
+}
+
+impl RaftService {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+
+    /// The caller is a node, and was not removed.
+    fn admit<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
+        let id = require_node(request)?;
+        if self.node.was_removed(id) {
+            return Err(Status::permission_denied(REMOVED));
+        }
+        Ok(id)
+    }
+
+    /// Refuses what would have to be written, while there is no room for it.
+    fn room(&self) -> Result<(), Status> {
+        if self.node.db().disk_low() {
+            return Err(Status::resource_exhausted("this node's disk is full"));
+        }
+        Ok(())
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(format!("Raft stopped on this node: {error}"))
+}
+
+type Messages = Pin<Box<dyn Stream<Item = Result<RaftMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl RaftApi for RaftService {
+    type AppendStream = Messages;
+
+    async fn append(
+        &self,
+        request: Request<Streaming<RaftMessage>>,
+    ) -> Result<Response<Messages>, Status> {
+        self.admit(&request)?;
+        let db = self.node.db().clone();
+        let input = request.into_inner();
+        // Ends at the first thing that is wrong; the leader then begins anew. A full disk takes no
+        // entries, but answers heartbeats while it can: the leader's reads, and with them all node
+        // leases, must not end because disks run full.
+        let requests = futures::stream::unfold(Some(input), move |input| {
+            let db = db.clone();
+            async move {
+                let mut input = input?;
+                let message = input.message().await.ok()??;
+                let request: AppendEntriesRequest<TypeConfig> = from_message(&message).ok()?;
+                let no_room = db.disk_low() && !request.entries.is_empty();
+                if no_room || db.disk_exhausted() {
+                    return None;
+                }
+                Some((request, Some(input)))
+            }
+        });
+        let answers = self.node.raft().stream_append(requests);
+        let messages = answers.map(|answer| to_message(&answer.map_err(failed)?));
+        Ok(Response::new(Box::pin(messages)))
+    }
+
+    async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+        self.admit(&request)?;
+        if self.node.db().disk_exhausted() {
+            self.room()?;
+        }
+        let vote = from_message(request.get_ref())?;
+        let answer = self.node.raft().vote(vote).await.map_err(failed)?;
+        Ok(Response::new(to_message(&answer)?))
+    }
+
+    async fn pre_vote(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        self.admit(&request)?;
+        let vote = from_message(request.get_ref())?;
+        let answer = self.node.raft().pre_vote(vote).await.map_err(failed)?;
+        Ok(Response::new(to_message(&answer)?))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        self.admit(&request)?;
+        self.room()?;
+        let transfer = from_message(request.get_ref())?;
+        let answer = self.node.raft().handle_transfer_leader(transfer).await.map_err(failed)?;
+        Ok(Response::new(to_message(&answer)?))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<SnapshotChunk>>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        self.admit(&request)?;
+        self.room()?;
+        let mut chunks = request.into_inner();
+        let first =
+            chunks.message().await?.ok_or_else(|| Status::invalid_argument("no snapshot"))?;
+        let (vote, meta): (Vote, SnapshotMeta) = postcard::from_bytes(&first.header)
+            .map_err(|_| Status::invalid_argument("the snapshot's header is damaged"))?;
+        let disk = |error: std::io::Error| Status::resource_exhausted(error.to_string());
+        let folder = self.node.db().folder().join("snapshots");
+        let (snapshot, mut file) = SnapshotFile::receive(&folder).map_err(disk)?;
+        let mut chunk = Some(first);
+        while let Some(piece) = chunk {
+            self.room()?;
+            let written = tokio::task::spawn_blocking(move || {
+                file.write_all(&piece.data)?;
+                Ok::<_, std::io::Error>(file)
+            });
+            file = written.await.map_err(failed)?.map_err(disk)?;
+            chunk = chunks.message().await?;
+        }
+        let (snapshot, verified) = tokio::task::spawn_blocking(move || {
+            let verified = file.sync_all().and_then(|()| snapshot.verify());
+            (snapshot, verified)
+        })
+        .await
+        .map_err(failed)?;
+        // Checked before Raft sees it: a damaged snapshot must not stop this node.
+        let found = verified.map_err(|error| Status::data_loss(error.to_string()))?;
+        if found != meta {
+            return Err(Status::invalid_argument("the snapshot is not the one its header names"));
+        }
+        let answer = self
+            .node
+            .raft()
+            .install_full_snapshot(vote, Snapshot { meta, snapshot })
+            .await
+            .map_err(failed)?;
+        Ok(Response::new(to_message(&answer)?))
+    }
+
+    async fn forward(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        self.admit(&request)?;
+        let asked = from_message(request.get_ref())?;
+        // Less than the asking member waits: it is to hear what became of it.
+        let limit = self.node.config().request_timeout / 2;
+        Ok(Response::new(to_message(&self.node.lead(asked, limit).await)?))
+    }
+}

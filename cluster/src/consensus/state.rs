@@ -1,0 +1,211 @@
+//! The state machine as openraft drives it: entries in, one batch with data, last applied and
+//! membership out.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use tokio::sync::watch;
+
+use super::snapshot::{self, SnapshotFile};
+use super::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::machine::{Changes, Overlay, Read, Reply, Table, apply, decode, encode, revision};
+use crate::storage::{Db, View};
+
+const APPLIED: &[u8] = b"applied";
+const MEMBERSHIP: &[u8] = b"membership";
+/// Entries that one batch takes at most.
+const BATCH_MAX: usize = 256;
+/// A snapshot is loaded in batches of about this size, bytes.
+const LOAD_BATCH: usize = 4 << 20;
+
+/// How far the state has come. Sent after the batch that brought it there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Applied {
+    /// The store's revision.
+    pub(crate) revision: u64,
+    /// Index of the last applied log entry.
+    pub(crate) index: u64,
+}
+
+/// The store's state machine on the database.
+#[derive(Debug, Clone)]
+pub(crate) struct StateMachine {
+    db: Arc<Db>,
+    applied: Arc<watch::Sender<Applied>>,
+}
+
+type Replies = Vec<(Option<openraft::storage::ApplyResponder<TypeConfig>>, Reply)>;
+
+impl StateMachine {
+    /// On an open database.
+    pub(crate) fn open(db: Arc<Db>) -> io::Result<Self> {
+        let applied = db.view(position)?;
+        Ok(Self { db, applied: Arc::new(watch::channel(applied).0) })
+    }
+
+    /// How far the state has come, now and later.
+    pub(crate) fn applied(&self) -> watch::Receiver<Applied> {
+        self.applied.subscribe()
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.db.folder().join("snapshots")
+    }
+
+    fn apply_batch(&self, entries: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
+        let (changes, replies, applied) = self.db.view(|view| {
+            let mut state = Overlay::new(view);
+            let mut replies: Replies = Vec::with_capacity(entries.len());
+            let mut index = 0;
+            for (entry, responder) in entries {
+                index = entry.log_id.index;
+                let reply = match &entry.payload {
+                    EntryPayload::Blank => Reply::None,
+                    EntryPayload::Normal(command) => apply(&mut state, index, command)?,
+                    EntryPayload::Membership(membership) => {
+                        let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
+                        state.put(Table::Machine, MEMBERSHIP, encode(&stored)?);
+                        Reply::None
+                    }
+                };
+                state.put(Table::Machine, APPLIED, encode(&entry.log_id)?);
+                replies.push((responder, reply));
+            }
+            let applied = Applied { revision: revision(&state)?, index };
+            Ok((state.into_changes(), replies, applied))
+        })?;
+        self.write(&changes)?;
+        self.applied.send_replace(applied);
+        for (responder, reply) in replies {
+            if let Some(responder) = responder {
+                responder.send(reply);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, changes: &Changes) -> io::Result<()> {
+        self.db.write(|batch| {
+            for ((table, key), value) in changes {
+                batch.set(*table, key, value.as_deref())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Loads a snapshot beside the present state, then makes it the present one.
+    fn load(&self, meta: &SnapshotMeta, file: &SnapshotFile) -> io::Result<()> {
+        self.db.drop_other_states()?;
+        let mut waiting: Vec<(Table, Vec<u8>, Vec<u8>)> = Vec::new();
+        let mut size = 0;
+        let flush = |waiting: &mut Vec<(Table, Vec<u8>, Vec<u8>)>| {
+            self.db.write(|batch| {
+                for (table, key, value) in waiting.drain(..) {
+                    batch.set_in_next(table, &key, &value)?;
+                }
+                Ok(())
+            })
+        };
+        snapshot::load(file, |table, key, value| {
+            size += key.len() + value.len();
+            waiting.push((table, key.to_vec(), value));
+            if size >= LOAD_BATCH {
+                size = 0;
+                flush(&mut waiting)?;
+            }
+            Ok(())
+        })?;
+        flush(&mut waiting)?;
+        self.db.write(|batch| {
+            batch.switch_to_next()?;
+            let applied = meta.last_log_id.as_ref().map(encode).transpose()?;
+            batch.set(Table::Machine, APPLIED, applied.as_deref())?;
+            batch.set(Table::Machine, MEMBERSHIP, Some(&encode(&meta.last_membership)?))
+        })?;
+        self.db.drop_other_states()
+    }
+}
+
+/// Where a view's state stands.
+pub(crate) fn position(view: &View<'_>) -> io::Result<Applied> {
+    let applied: Option<LogId> = applied(view)?;
+    Ok(Applied { revision: revision(view)?, index: applied.map_or(0, |id| id.index) })
+}
+
+fn applied(view: &View<'_>) -> io::Result<Option<LogId>> {
+    view.get(Table::Machine, APPLIED)?.map(|bytes| decode(&bytes)).transpose()
+}
+
+fn membership(view: &View<'_>) -> io::Result<StoredMembership> {
+    let stored = view.get(Table::Machine, MEMBERSHIP)?;
+    Ok(stored.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default())
+}
+
+fn meta(view: &View<'_>) -> io::Result<SnapshotMeta> {
+    Ok(SnapshotMeta { last_log_id: applied(view)?, last_membership: membership(view)? })
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        self.db.view(|view| Ok((applied(view)?, membership(view)?)))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut batch = Vec::new();
+        while let Some(entry) = entries.next().await {
+            batch.push(entry?);
+            if batch.len() == BATCH_MAX {
+                self.apply_batch(std::mem::take(&mut batch))?;
+            }
+        }
+        if batch.is_empty() { Ok(()) } else { self.apply_batch(batch) }
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotFile,
+    ) -> Result<(), io::Error> {
+        let (machine, meta) = (self.clone(), meta.clone());
+        let loaded = tokio::task::spawn_blocking(move || {
+            machine.load(&meta, &snapshot)?;
+            snapshot::keep(&machine.folder(), &snapshot.path)
+        });
+        loaded.await.map_err(io::Error::other)??;
+        // The leader counts this node as holding all of it from now on.
+        self.db.durable().await?;
+        let applied = self.db.view(position)?;
+        self.applied.send_replace(applied);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let current = snapshot::current(&self.folder())?;
+        Ok(current.map(|(meta, snapshot)| Snapshot { meta, snapshot }))
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let db = self.db.clone();
+        let built = tokio::task::spawn_blocking(move || snapshot::build(&db, meta));
+        let (meta, snapshot) = built.await.map_err(io::Error::other)??;
+        Ok(Snapshot { meta, snapshot })
+    }
+}

@@ -1,0 +1,130 @@
+//! The joining node's side: find a member, make sure it is of the token's cluster, ask to be let in.
+
+use std::path::Path;
+
+use proto::v1::enrolment_client::EnrolmentClient;
+use proto::v1::{EnrolRequest, EnrolResponse};
+use proto::{Name, NodeId};
+use tonic::Code;
+
+use crate::identity::token::Token;
+use crate::identity::{
+    Identity, NodeIdentity, any_node, fingerprint, request, request_for, write_private,
+};
+use crate::membership::unix_now_s;
+use crate::tls::{channel, connect, enrol_client};
+use crate::{ClusterConfig, JoinError};
+
+/// Holds this node's key until it is a member, so that a repeated attempt is the same node's.
+const KEY: &str = "joining.key";
+
+/// Gets this node an identity.
+pub(crate) async fn enrol(
+    config: &ClusterConfig,
+    token: &str,
+    name: &Name,
+) -> Result<Identity, JoinError> {
+    let token = Token::decode(token).map_err(JoinError::Malformed)?;
+    let (key_pem, csr_pem) = key(&config.data_dir)?;
+    let mut tried = Vec::new();
+    for address in &token.addresses {
+        let request = EnrolRequest {
+            token_id: token.id.clone(),
+            token_secret: token.secret.clone(),
+            node_name: name.to_string(),
+            csr_pem: csr_pem.clone(),
+            api_address: config.api_address.clone(),
+            enrol_address: config.enrol_address.clone(),
+            now_unix_s: unix_now_s(),
+        };
+        match ask(&token, address, request).await {
+            Ok(answer) => return identity(&token, name, key_pem, answer),
+            Err(Failed::Here(why)) => tried.push(format!("{address}: {why}")),
+            Err(Failed::Everywhere(error)) => return Err(error),
+        }
+    }
+    Err(JoinError::Unreachable(tried))
+}
+
+enum Failed {
+    /// Another member may still do it.
+    Here(String),
+    /// No member will.
+    Everywhere(JoinError),
+}
+
+async fn ask(token: &Token, address: &str, request: EnrolRequest) -> Result<EnrolResponse, Failed> {
+    let malformed =
+        || Failed::Everywhere(JoinError::Malformed("its cluster id is not valid".into()));
+    let expect = any_node(&token.cluster_id).ok_or_else(malformed)?;
+    let tls = enrol_client(&token.ca_fingerprint)
+        .map_err(|error| Failed::Everywhere(JoinError::Identity(error.to_string())))?;
+    // Once by hand first: gRPC's own error does not tell a wrong CA from a closed port.
+    if let Err(error) = connect(tls.clone(), address, expect.clone()).await {
+        let wrong = error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+            .is_some_and(|tls| matches!(tls, rustls::Error::InvalidCertificate(_)));
+        return Err(if wrong {
+            Failed::Everywhere(JoinError::WrongCluster { address: address.to_owned() })
+        } else {
+            Failed::Here(error.to_string())
+        });
+    }
+    let mut client = EnrolmentClient::new(channel(tls, address.to_owned(), expect));
+    match client.enrol(request).await {
+        Ok(answer) => Ok(answer.into_inner()),
+        Err(status) => Err(match status.code() {
+            Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::Unknown
+            | Code::Cancelled
+            | Code::ResourceExhausted => Failed::Here(status.message().to_owned()),
+            _ => Failed::Everywhere(JoinError::Refused(status.message().to_owned())),
+        }),
+    }
+}
+
+fn identity(
+    token: &Token,
+    name: &Name,
+    key_pem: String,
+    answer: EnrolResponse,
+) -> Result<Identity, JoinError> {
+    let same_ca = fingerprint(&answer.ca_pem).as_ref() == Some(&token.ca_fingerprint);
+    if !same_ca || answer.cluster_id != token.cluster_id {
+        return Err(JoinError::Identity("the answer does not fit the token".to_owned()));
+    }
+    Ok(Identity {
+        record: NodeIdentity {
+            cluster_id: answer.cluster_id,
+            cluster_name: answer.cluster_name,
+            node_id: NodeId(answer.node_id),
+            node_name: name.to_string(),
+        },
+        key_pem,
+        certificate_pem: answer.certificate_pem,
+        ca_pem: answer.ca_pem,
+    })
+}
+
+/// This node's key and a request on it; the key of an earlier attempt where there is one.
+fn key(folder: &Path) -> Result<(String, String), JoinError> {
+    let path = folder.join(KEY);
+    let failed = |error: &dyn std::fmt::Display| JoinError::Identity(error.to_string());
+    if let Ok(key) = std::fs::read_to_string(&path)
+        && let Ok(csr) = request_for(&key)
+    {
+        return Ok((key, csr));
+    }
+    let (key, csr) = request().map_err(|error| failed(&error))?;
+    write_private(&path, key.as_bytes()).map_err(|error| failed(&error))?;
+    Ok((key, csr))
+}
+
+/// The node is a member: its key is kept with its identity now.
+pub(crate) fn forget_key(folder: &Path) {
+    if let Err(error) = std::fs::remove_file(folder.join(KEY)) {
+        tracing::warn!(%error, "{KEY} could not be removed");
+    }
+}

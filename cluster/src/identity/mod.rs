@@ -1,0 +1,16 @@
+//! Who is who: the cluster's certificate authority, certificates of nodes and clients, join tokens,
+//! and the files that hold this node's own identity.
+//!
+//! A certificate names its holder in a URI (`holdfast://CLUSTER/node/ID` or
+//! `holdfast://CLUSTER/client/NAME`). A node's also carries two DNS names, so that an ordinary TLS
+//! client can verify it: `node-ID.CLUSTER.holdfast` (this very node) and `CLUSTER.holdfast` (any
+//! node of the cluster).
+
+mod ca;
+mod files;
+mod names;
+pub(crate) mod token;
+
+pub(crate) use ca::{Ca, fingerprint, fingerprint_der, request, request_for, request_key_hash};
+pub(crate) use files::{Identity, NodeIdentity, write_private};
+pub(crate) use names::{any_node, node_host, subject_of};

@@ -1,0 +1,44 @@
+//! The replicated configuration: one multi-version key-value store on every node, kept the same
+//! by Raft, and the membership and identity of the nodes that keep it.
+//!
+//! ```text
+//!   Cluster ── txn/get/range ─► consensus (openraft) ─► machine (pure) ─► RocksDB
+//!      │                            │ gRPC, mTLS                            │
+//!      ├── watch ◄──────────────────┼──────────── history by revision ◄─────┘
+//!      └── identity (CA, tokens) ── tls (listener, connector)
+//! ```
+//!
+//! Owns: the data folder (lock, key, certificate, database, snapshots), the Raft instance, the
+//! gRPC services `Raft`, `Config`, `Membership`, `Enrolment`. Never: VMs, HA decisions, listening
+//! sockets (the agent binds them and mounts the services).
+//!
+//! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
+//! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
+
+mod cluster;
+mod config;
+mod consensus;
+mod enrol;
+mod error;
+mod identity;
+mod machine;
+mod membership;
+mod node;
+mod open;
+mod service;
+mod storage;
+pub mod tls;
+mod types;
+
+pub use cluster::Cluster;
+pub use config::{ClusterConfig, RaftTimings};
+pub use consensus::RaftService;
+pub use error::{
+    Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, StoreError, WatchError,
+};
+pub use open::{Opened, Uninitialized, open};
+pub use service::{ConfigService, EnrolmentService, MembershipService};
+pub use types::{
+    Consistency, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome, WatchBatch,
+    WatchEvent, Write,
+};

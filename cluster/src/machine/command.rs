@@ -1,0 +1,153 @@
+//! What goes into the log, and what comes out of applying it. These types are on disk and on the
+//! wire (postcard): variants and fields are only ever added at the end.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Txn, Write};
+
+/// Longest key, bytes.
+pub(crate) const KEY_MAX: usize = 1024;
+/// Longest value, bytes.
+pub(crate) const VALUE_MAX: usize = 1 << 20;
+/// Most compares and writes together.
+pub(crate) const OPS_MAX: usize = 8192;
+/// All keys and values of a transaction together, bytes.
+pub(crate) const TXN_MAX: usize = 3 << 20;
+/// Longest client name, bytes.
+const CLIENT_MAX: usize = 128;
+
+/// A log entry's payload.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Command {
+    /// Compare, then write.
+    Txn(TxnCommand),
+    /// Forget history before a revision, at most some rows of it per command.
+    Compact {
+        /// First revision to keep.
+        before: u64,
+    },
+}
+
+/// A transaction as it is logged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TxnCommand {
+    /// Key and mod_revision (0: absent).
+    pub(crate) compares: Vec<(String, u64)>,
+    /// Key and value (None: delete).
+    pub(crate) writes: Vec<(String, Option<Vec<u8>>)>,
+    /// Client and sequence; an empty client is not remembered.
+    pub(crate) client: String,
+    pub(crate) sequence: u64,
+}
+
+/// What applying a command came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    /// Nothing to say (blank and membership entries, compaction).
+    None,
+    /// Committed at this revision.
+    Committed { revision: u64 },
+    /// A compare failed. The conflicting keys' present state.
+    Conflict { revision: u64, conflicts: Vec<ConflictKv> },
+    /// The answer of this (client, sequence) is no longer known.
+    Forgotten,
+}
+
+/// A key's state in a [`Reply`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ConflictKv {
+    pub(crate) key: String,
+    pub(crate) value: Vec<u8>,
+    pub(crate) create_revision: u64,
+    pub(crate) mod_revision: u64,
+}
+
+impl std::fmt::Display for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Txn(txn) => write!(
+                f,
+                "txn {}/{} ({} compares, {} writes)",
+                txn.client,
+                txn.sequence,
+                txn.compares.len(),
+                txn.writes.len()
+            ),
+            Self::Compact { before } => write!(f, "compact before {before}"),
+        }
+    }
+}
+
+impl std::fmt::Display for Reply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("done"),
+            Self::Committed { revision } => write!(f, "committed at {revision}"),
+            Self::Conflict { conflicts, .. } => write!(f, "conflict on {} keys", conflicts.len()),
+            Self::Forgotten => f.write_str("forgotten"),
+        }
+    }
+}
+
+impl From<Txn> for TxnCommand {
+    fn from(txn: Txn) -> Self {
+        let (client, sequence) = txn.dedup.unwrap_or_default();
+        Self {
+            compares: txn.compares.into_iter().map(|(key, revision)| (key, revision.0)).collect(),
+            writes: txn
+                .writes
+                .into_iter()
+                .map(|write| match write {
+                    Write::Put { key, value } => (key, Some(value)),
+                    Write::Delete { key } => (key, None),
+                })
+                .collect(),
+            client,
+            sequence,
+        }
+    }
+}
+
+/// Checks a transaction before it is proposed: sizes, keys, no key written twice.
+pub(crate) fn validate(txn: &TxnCommand) -> Result<(), String> {
+    if txn.compares.len() + txn.writes.len() > OPS_MAX {
+        return Err(format!("more than {OPS_MAX} compares and writes in one transaction"));
+    }
+    if txn.client.len() > CLIENT_MAX {
+        return Err(format!("a client's name has at most {CLIENT_MAX} bytes"));
+    }
+    let mut total = 0;
+    let keys = txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|(key, _)| key));
+    for key in keys {
+        valid_key(key)?;
+        total += key.len();
+    }
+    let mut written = std::collections::BTreeSet::new();
+    for (key, value) in &txn.writes {
+        if !written.insert(key) {
+            return Err(format!("`{key}` is written twice in one transaction"));
+        }
+        let size = value.as_ref().map_or(0, Vec::len);
+        if size > VALUE_MAX {
+            return Err(format!(
+                "the value of `{key}` has {size} bytes; at most {VALUE_MAX} are allowed"
+            ));
+        }
+        total += size;
+    }
+    if total > TXN_MAX {
+        return Err(format!("the transaction has {total} bytes; at most {TXN_MAX} are allowed"));
+    }
+    Ok(())
+}
+
+/// Checks one key.
+pub(crate) fn valid_key(key: &str) -> Result<(), String> {
+    if key.is_empty() || key.len() > KEY_MAX {
+        return Err(format!("a key has 1 to {KEY_MAX} bytes, this one has {}", key.len()));
+    }
+    if key.chars().any(char::is_control) {
+        return Err(format!("the key `{}` contains control characters", key.escape_debug()));
+    }
+    Ok(())
+}

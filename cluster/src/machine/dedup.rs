@@ -1,0 +1,123 @@
+//! Outcomes of named transactions, so that a repetition is answered instead of applied twice.
+//!
+//! Rows: `a CLIENT SEQUENCE` → outcome (the revision, or none for a failed compare);
+//! `c CLIENT` → [`ClientRow`]; `o LOG-INDEX` → client, to find the one that has been silent longest.
+//! Bounded by counting alone: [`ANSWERS_MAX`] outcomes per client (older ones are answered
+//! "forgotten", never applied), [`CLIENTS_MAX`] clients (a client that has been silent while that
+//! many others wrote is forgotten; retries end after seconds, long before).
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use super::rows::number;
+use super::{Overlay, Read, Table, decode, encode, prefix_end};
+
+/// Outcomes kept per client.
+pub(super) const ANSWERS_MAX: u64 = 1024;
+/// Clients kept.
+pub(super) const CLIENTS_MAX: u64 = 4096;
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct ClientRow {
+    /// Sequences up to this one are forgotten unless they have a row.
+    floor: u64,
+    /// Outcomes kept.
+    count: u64,
+    /// Log index of its last transaction.
+    last_index: u64,
+}
+
+/// What is known of a named transaction.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    /// Never seen.
+    New,
+    /// Applied at this revision, or refused by a compare (None).
+    Answered(Option<u64>),
+    /// Older than what is kept.
+    Forgotten,
+}
+
+fn client_key(client: &str) -> Vec<u8> {
+    [b"c".as_slice(), client.as_bytes()].concat()
+}
+
+fn answers_prefix(client: &str) -> Vec<u8> {
+    // The length first: no client's rows lie among another's.
+    let length = u16::try_from(client.len()).unwrap_or(u16::MAX).to_be_bytes();
+    [b"a".as_slice(), &length, client.as_bytes()].concat()
+}
+
+fn answer_key(client: &str, sequence: u64) -> Vec<u8> {
+    [answers_prefix(client).as_slice(), &sequence.to_be_bytes()].concat()
+}
+
+fn order_key(index: u64) -> Vec<u8> {
+    [b"o".as_slice(), &index.to_be_bytes()].concat()
+}
+
+/// Looks a transaction up.
+pub(super) fn look_up(read: &impl Read, client: &str, sequence: u64) -> io::Result<Known> {
+    if let Some(bytes) = read.get(Table::Dedup, &answer_key(client, sequence))? {
+        return Ok(Known::Answered(decode(&bytes)?));
+    }
+    let row = read.get(Table::Dedup, &client_key(client))?;
+    let floor = row.map(|bytes| decode::<ClientRow>(&bytes)).transpose()?.map_or(0, |r| r.floor);
+    Ok(if sequence <= floor && floor > 0 { Known::Forgotten } else { Known::New })
+}
+
+/// Remembers an outcome, and forgets the oldest beyond the bounds.
+pub(super) fn remember<R: Read>(
+    state: &mut Overlay<'_, R>,
+    index: u64,
+    client: &str,
+    sequence: u64,
+    outcome: Option<u64>,
+) -> io::Result<()> {
+    state.put(Table::Dedup, &answer_key(client, sequence), encode(&outcome)?);
+    let row = state.get(Table::Dedup, &client_key(client))?;
+    let is_new = row.is_none();
+    let mut row: ClientRow = row.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
+    if !is_new {
+        state.delete(Table::Dedup, &order_key(row.last_index));
+    }
+    row.last_index = index;
+    row.count += 1;
+    if row.count > ANSWERS_MAX {
+        row.floor = row.floor.max(drop_oldest(state, client)?);
+        row.count -= 1;
+    }
+    state.put(Table::Dedup, &client_key(client), encode(&row)?);
+    state.put(Table::Dedup, &order_key(index), client.as_bytes().to_vec());
+    if is_new { count_client(state) } else { Ok(()) }
+}
+
+/// Removes a client's lowest outcome; answers its sequence.
+fn drop_oldest<R: Read>(state: &mut Overlay<'_, R>, client: &str) -> io::Result<u64> {
+    let prefix = answers_prefix(client);
+    let oldest = state.scan(Table::Dedup, &prefix, prefix_end(&prefix).as_deref(), 1)?;
+    let Some((key, _)) = oldest.into_iter().next() else { return Ok(0) };
+    state.delete(Table::Dedup, &key);
+    let sequence = key.get(prefix.len()..).and_then(|tail| <[u8; 8]>::try_from(tail).ok());
+    Ok(sequence.map_or(0, u64::from_be_bytes))
+}
+
+fn count_client<R: Read>(state: &mut Overlay<'_, R>) -> io::Result<()> {
+    let clients = number(state, b"clients")? + 1;
+    if clients <= CLIENTS_MAX {
+        state.put(Table::Machine, b"clients", encode(&clients)?);
+        return Ok(());
+    }
+    let silent = state.scan(Table::Dedup, b"o", Some(b"p"), 1)?;
+    let Some((order, client)) = silent.into_iter().next() else { return Ok(()) };
+    let client = String::from_utf8_lossy(&client).into_owned();
+    let prefix = answers_prefix(&client);
+    let end = prefix_end(&prefix);
+    for (key, _) in state.scan(Table::Dedup, &prefix, end.as_deref(), usize::MAX)? {
+        state.delete(Table::Dedup, &key);
+    }
+    state.delete(Table::Dedup, &order);
+    state.delete(Table::Dedup, &client_key(&client));
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! Against a model: random transactions on plain maps and on the state machine.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use proptest::prelude::*;
+
+use super::{
+    Command, HistoryEvent, Overlay, Read, Record, Reply, Table, TxnCommand, apply, compacted,
+    decode, history_key, history_revision, revision,
+};
+
+/// Created, modified, value, by key.
+type Data = BTreeMap<String, (u64, u64, Vec<u8>)>;
+
+/// Rows in memory.
+#[derive(Debug, Default, Clone, PartialEq)]
+struct Rows(BTreeMap<(Table, Vec<u8>), Vec<u8>>);
+
+impl Read for Rows {
+    fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.0.get(&(table, key.to_vec())).cloned())
+    }
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+    ) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let rows = self.0.range((table, from.to_vec())..);
+        let inside =
+            rows.take_while(|((t, key), _)| *t == table && to.is_none_or(|to| key.as_slice() < to));
+        Ok(inside.take(limit).map(|((_, key), value)| (key.clone(), value.clone())).collect())
+    }
+}
+
+impl Rows {
+    fn apply(&mut self, index: u64, command: &Command) -> io::Result<Reply> {
+        let mut state = Overlay::new(self);
+        let reply = apply(&mut state, index, command)?;
+        for (key, value) in state.into_changes() {
+            match value {
+                Some(value) => self.0.insert(key, value),
+                None => self.0.remove(&key),
+            };
+        }
+        Ok(reply)
+    }
+
+    fn data(&self) -> io::Result<Data> {
+        let rows = self.scan(Table::Data, b"", None, usize::MAX)?;
+        rows.into_iter()
+            .map(|(key, value)| {
+                let record: Record = decode(&value)?;
+                let key = String::from_utf8_lossy(&key).into_owned();
+                Ok((key, (record.create_revision, record.mod_revision, record.value)))
+            })
+            .collect()
+    }
+}
+
+/// What the store should be.
+#[derive(Debug, Default)]
+struct Model {
+    revision: u64,
+    data: Data,
+    answers: BTreeMap<(String, u64), Option<u64>>,
+}
+
+impl Model {
+    fn apply(&mut self, txn: &TxnCommand) -> Option<u64> {
+        let name = (txn.client.clone(), txn.sequence);
+        if let Some(answer) = self.answers.get(&name) {
+            return *answer;
+        }
+        let held = txn.compares.iter().all(|(key, wanted)| {
+            self.data.get(key).map_or(0, |(_, modified, _)| *modified) == *wanted
+        });
+        let answer = held.then(|| self.write(txn));
+        if !txn.client.is_empty() {
+            self.answers.insert(name, answer);
+        }
+        answer
+    }
+
+    fn write(&mut self, txn: &TxnCommand) -> u64 {
+        let next = self.revision + 1;
+        for (key, value) in &txn.writes {
+            match value {
+                Some(value) => {
+                    let created = self.data.get(key).map_or(next, |(created, _, _)| *created);
+                    self.data.insert(key.clone(), (created, next, value.clone()));
+                    self.revision = next;
+                }
+                None if self.data.remove(key).is_some() => self.revision = next,
+                None => {}
+            }
+        }
+        self.revision
+    }
+}
+
+fn key() -> impl Strategy<Value = String> {
+    prop_oneof!["a", "a/b", "b", "\u{e9}"].prop_map(|key| key.to_owned())
+}
+
+fn txns() -> impl Strategy<Value = Vec<TxnCommand>> {
+    let writes = prop::collection::btree_map(
+        key(),
+        prop::option::of(prop::collection::vec(any::<u8>(), 0..4)),
+        0..4,
+    );
+    let compares = prop::collection::vec((key(), 0u64..12), 0..2);
+    let named = prop_oneof![Just((String::new(), 0)), ("[cd]", 1u64..6)];
+    let txn = (compares, writes, named).prop_map(|(compares, writes, (client, sequence))| {
+        TxnCommand { compares, writes: writes.into_iter().collect(), client, sequence }
+    });
+    prop::collection::vec(txn, 0..60)
+}
+
+proptest! {
+    #[test]
+    fn the_store_is_the_model(txns in txns()) {
+        let (mut rows, mut model) = (Rows::default(), Model::default());
+        let mut replayed: BTreeMap<String, (u64, Vec<u8>)> = BTreeMap::new();
+        for (index, txn) in (1u64..).zip(&txns) {
+            let before = revision(&rows)?;
+            let reply = rows.apply(index, &Command::Txn(txn.clone()))?;
+            let expected = model.apply(txn);
+            match reply {
+                Reply::Committed { revision } => prop_assert_eq!(Some(revision), expected),
+                Reply::Conflict { .. } => prop_assert_eq!(None, expected),
+                other => prop_assert!(false, "{:?}", other),
+            }
+            prop_assert!(revision(&rows)? - before <= 1);
+            prop_assert_eq!(revision(&rows)?, model.revision);
+            prop_assert_eq!(&rows.data()?, &model.data);
+        }
+        // History alone, played back, gives the data.
+        for (row, value) in rows.scan(Table::History, b"", None, usize::MAX)? {
+            let event: HistoryEvent = decode(&value)?;
+            match event.value {
+                Some(value) => replayed.insert(event.key, (history_revision(&row)?, value)),
+                None => replayed.remove(&event.key),
+            };
+        }
+        let data: BTreeMap<_, _> =
+            model.data.into_iter().map(|(key, (_, modified, value))| (key, (modified, value))).collect();
+        prop_assert_eq!(replayed, data);
+    }
+}
+
+fn put(client: &str, sequence: u64) -> Command {
+    let writes = vec![("k".to_owned(), Some(sequence.to_le_bytes().to_vec()))];
+    Command::Txn(TxnCommand { compares: Vec::new(), writes, client: client.to_owned(), sequence })
+}
+
+#[test]
+fn forgotten_answers_are_refused_and_never_applied_again() -> io::Result<()> {
+    let mut rows = Rows::default();
+    for sequence in 1..=1100 {
+        assert!(matches!(rows.apply(sequence, &put("c", sequence))?, Reply::Committed { .. }));
+    }
+    let before = rows.clone();
+    assert_eq!(rows.apply(2000, &put("c", 1))?, Reply::Forgotten);
+    assert_eq!(rows, before);
+    assert_eq!(rows.apply(2001, &put("c", 1100))?, Reply::Committed { revision: 1100 });
+    Ok(())
+}
+
+#[test]
+fn the_dedup_table_is_bounded() -> io::Result<()> {
+    let mut rows = Rows::default();
+    for index in 1..=5000u64 {
+        rows.apply(index, &put(&format!("client-{index}"), 1))?;
+    }
+    let kept = rows.scan(Table::Dedup, b"", None, usize::MAX)?.len();
+    assert!(kept <= 3 * 4096, "{kept} rows");
+    // The latest are still known.
+    assert_eq!(rows.apply(6000, &put("client-5000", 1))?, Reply::Committed { revision: 5000 });
+    Ok(())
+}
+
+#[test]
+fn compaction_keeps_whole_revisions_and_the_data() -> io::Result<()> {
+    let mut rows = Rows::default();
+    for index in 1..=6000 {
+        rows.apply(index, &put("", index))?;
+    }
+    let data = rows.data()?;
+    let mut index = 6000;
+    while compacted(&rows)? < 5990 {
+        index += 1;
+        let before = compacted(&rows)?;
+        rows.apply(index, &Command::Compact { before: 5990 })?;
+        assert!(compacted(&rows)? > before, "no progress");
+    }
+    let left = rows.scan(Table::History, b"", None, usize::MAX)?;
+    assert_eq!(left.first().map(|(key, _)| key.clone()), Some(history_key(5990, 0).to_vec()));
+    assert_eq!(left.len(), 11);
+    assert_eq!(rows.data()?, data);
+    Ok(())
+}

@@ -1,0 +1,373 @@
+//! Forming and changing the cluster: typed layers on the store's transactions.
+//!
+//! Keys: `priv/ca`, `priv/tokens/ID`, `priv/next-node-id`, `priv/names/NAME` (a name is taken),
+//! `priv/removed/ID` (never to be given again, and to be told so).
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use proto::{Name, NodeId, keys, v1};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tonic::Status;
+
+use crate::consensus::{Forward, Forwarded, MemberNode};
+use crate::identity::token::{Token, TokenRecord, TokenUse};
+use crate::identity::{Ca, request_key_hash};
+use crate::node::{Node, removed_key};
+use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
+
+/// How far a joining node's clock may be off, seconds.
+const CLOCK_MAX_S: u64 = 300;
+const TOKEN_TTL_S: u32 = 3600;
+const TOKEN_TTL_MAX_S: u32 = 7 * 24 * 3600;
+/// Attempts of a transaction whose compares meet concurrent changes.
+const ATTEMPTS: usize = 16;
+
+fn key(rest: &str) -> String {
+    format!("{}{rest}", keys::PRIV)
+}
+fn token_key(id: &str) -> String {
+    key(&format!("tokens/{id}"))
+}
+fn name_key(name: &str) -> String {
+    key(&format!("names/{name}"))
+}
+
+/// Seconds since 1970 by this machine's clock.
+pub(crate) fn unix_now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
+    serde_json::to_vec(value).map_err(|error| StoreError::Invalid(error.to_string()))
+}
+
+fn from_json<T: DeserializeOwned>(kv: &KeyValue) -> Result<T, StoreError> {
+    serde_json::from_slice(&kv.value).map_err(|error| StoreError::Failed {
+        why: format!("the record `{}` is damaged: {error}", kv.key),
+    })
+}
+
+/// The records that every cluster has from its beginning.
+pub(crate) async fn write_first_records(
+    node: &Node,
+    ca: &Ca,
+    name: &Name,
+) -> Result<(), InitError> {
+    let txn = Txn::new()
+        .if_absent(key("ca"))
+        .put(key("ca"), to_json(ca)?)
+        .put(key("next-node-id"), to_json(&2u64)?)
+        .put(name_key(name.as_str()), to_json(&1u64)?);
+    match node.txn(txn).await? {
+        TxnOutcome::Committed { .. } => Ok(()),
+        TxnOutcome::Conflict { .. } => {
+            Err(StoreError::Invalid("this cluster exists already".to_owned()).into())
+        }
+    }
+}
+
+async fn read(node: &Node, key: &str) -> Result<Option<KeyValue>, StoreError> {
+    Ok(node.get(key, Consistency::Linearizable).await?.0)
+}
+
+async fn ca(node: &Node) -> Result<Ca, StoreError> {
+    match read(node, &key("ca")).await? {
+        Some(kv) => from_json(&kv),
+        None => Err(StoreError::Failed { why: "the cluster's CA record is missing".to_owned() }),
+    }
+}
+
+/// Makes a one-time token.
+pub(crate) async fn create_token(
+    node: &Node,
+    ttl_s: u32,
+) -> Result<v1::CreateTokenResponse, MembershipError> {
+    let ttl_s = if ttl_s == 0 { TOKEN_TTL_S } else { ttl_s };
+    if ttl_s > TOKEN_TTL_MAX_S {
+        let text =
+            format!("a token is valid for at most 7 days ({TOKEN_TTL_MAX_S} s), not {ttl_s} s");
+        return Err(MembershipError::Invalid(text));
+    }
+    let random = |error: &dyn std::fmt::Display| MembershipError::Invalid(error.to_string());
+    let record = &node.identity().record;
+    // This node first: it is surely up.
+    let mut members = node.members();
+    members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
+    let addresses = members.into_iter().map(|member| member.enrol_address).collect();
+    let fingerprint = node.ca_fingerprint().to_owned();
+    let token = Token::make(record.cluster_id.clone(), fingerprint, addresses)
+        .map_err(|error| random(&error))?;
+    let expires_unix_s = unix_now_s().saturating_add(u64::from(ttl_s));
+    let value = to_json(&TokenRecord::of(&token, expires_unix_s))?;
+    node.txn(Txn::new().if_absent(token_key(&token.id)).put(token_key(&token.id), value)).await?;
+    let token = token.encode().map_err(|error| random(&error))?;
+    Ok(v1::CreateTokenResponse { token, expires_unix_s })
+}
+
+/// Signs a client's certificate.
+pub(crate) async fn issue_client(
+    node: &Node,
+    name: &str,
+    csr_pem: &str,
+) -> Result<v1::IssueClientResponse, MembershipError> {
+    let name: Name = name
+        .parse()
+        .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
+    let ca = ca(node).await?;
+    let certificate_pem = ca
+        .sign_client(&node.identity().record.cluster_id, name.as_str(), csr_pem)
+        .map_err(|error| MembershipError::Invalid(error.to_string()))?;
+    let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
+    Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
+}
+
+/// Takes a node out. Repeating it finishes what an interrupted attempt began.
+pub(crate) async fn remove_node(node: &Node, id: NodeId) -> Result<(), MembershipError> {
+    if id == node.id() {
+        let alone = node.members().len() <= 1;
+        let refusal = if alone { MembershipError::LastNode } else { MembershipError::Itself };
+        return Err(refusal(id));
+    }
+    let limit = node.config().request_timeout * 2;
+    let deadline = Instant::now() + limit;
+    let name = node.members().into_iter().find(|member| member.node_id == id).map(|m| m.name);
+    let answer = match node.ask_leader(Forward::Remove { id: id.0 }, deadline).await {
+        Err(StoreError::UnknownOutcome { .. }) => return Err(MembershipError::Timeout(limit)),
+        answer => answer?,
+    };
+    match answer {
+        Forwarded::Done => {}
+        // Gone from Raft already: an earlier attempt may have got no further.
+        Forwarded::UnknownNode if name.is_some() || known_once(node, id).await? => {}
+        Forwarded::UnknownNode => return Err(MembershipError::UnknownNode(id.to_string())),
+        Forwarded::LastNode => return Err(MembershipError::LastNode(id)),
+        Forwarded::QuorumAtRisk { left, voters } => {
+            return Err(MembershipError::QuorumAtRisk { node: id, left, voters });
+        }
+        Forwarded::DiskFull { folder, free_bytes } => {
+            return Err(StoreError::DiskFull { path: folder.into(), free_bytes }.into());
+        }
+        other => return Err(StoreError::UnknownOutcome { why: format!("{other:?}") }.into()),
+    }
+    let mut txn = Txn::new().put(removed_key(id), to_json(&name)?);
+    for taken in node.range(&name_key(""), "", 0, Consistency::Linearizable, true).await?.kvs {
+        if from_json::<u64>(&taken)? == id.0 {
+            txn = txn.delete(taken.key);
+        }
+    }
+    node.txn(txn).await?;
+    Ok(())
+}
+
+async fn known_once(node: &Node, id: NodeId) -> Result<bool, StoreError> {
+    let next = read(node, &key("next-node-id")).await?;
+    let given = next.map(|kv| from_json::<u64>(&kv)).transpose()?.unwrap_or(0);
+    Ok(id.0 > 0 && id.0 < given)
+}
+
+/// Lets a node in that brings a good token.
+pub(crate) async fn enrol(
+    node: &Node,
+    request: v1::EnrolRequest,
+) -> Result<v1::EnrolResponse, Status> {
+    let name: Name = request
+        .node_name
+        .parse()
+        .map_err(|error: proto::InvalidName| Status::invalid_argument(error.to_string()))?;
+    check_clock(request.now_unix_s, unix_now_s())?;
+    for address in [&request.api_address, &request.enrol_address] {
+        if !address
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        {
+            let text = format!("`{address}` is not an address: host:port is needed");
+            return Err(Status::invalid_argument(text));
+        }
+    }
+    let key_hash = request_key_hash(&request.csr_pem)
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let id = admit(node, &request, &name, &key_hash).await?;
+    let ca = ca(node).await.map_err(status_of)?;
+    let record = &node.identity().record;
+    let certificate_pem = ca
+        .sign_node(&record.cluster_id, id, &request.csr_pem)
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let member = MemberNode {
+        name: name.to_string(),
+        api_address: request.api_address,
+        enrol_address: request.enrol_address,
+    };
+    let add = Forward::AddLearner { id: id.0, node: member };
+    let deadline = Instant::now() + node.config().request_timeout;
+    match node.ask_leader(add, deadline).await.map_err(status_of)? {
+        Forwarded::Done => {}
+        other => return Err(Status::unavailable(format!("the node was not added: {other:?}"))),
+    }
+    Ok(v1::EnrolResponse {
+        cluster_id: record.cluster_id.clone(),
+        cluster_name: record.cluster_name.clone(),
+        node_id: id.0,
+        certificate_pem,
+        ca_pem: ca.certificate_pem,
+        members: node.members().into_iter().map(Into::into).collect(),
+    })
+}
+
+fn check_clock(theirs: u64, ours: u64) -> Result<(), Status> {
+    let off = theirs.abs_diff(ours);
+    if off <= CLOCK_MAX_S {
+        return Ok(());
+    }
+    let way = if theirs > ours { "ahead of" } else { "behind" };
+    Err(Status::failed_precondition(format!(
+        "the joining node's clock is {off} s {way} this cluster's, at most {CLOCK_MAX_S} s are allowed; set it (`timedatectl set-ntp true`) and join again"
+    )))
+}
+
+/// Uses the token up: id and name are given in the transaction that marks it used.
+async fn admit(
+    node: &Node,
+    request: &v1::EnrolRequest,
+    name: &Name,
+    key_hash: &str,
+) -> Result<NodeId, Status> {
+    let unknown = || {
+        Status::permission_denied(
+            "the join token is not known here: it is forged, or was made by another cluster; make a new one with `clusterctl cluster token create`",
+        )
+    };
+    if request.token_id.is_empty() || request.token_id.len() > 64 || request.token_id.contains('/')
+    {
+        return Err(unknown());
+    }
+    let token_key = token_key(&request.token_id);
+    for _ in 0..ATTEMPTS {
+        let kv = read(node, &token_key).await.map_err(status_of)?.ok_or_else(unknown)?;
+        let mut record: TokenRecord = from_json(&kv).map_err(status_of)?;
+        if !record.matches(&request.token_secret) {
+            return Err(unknown());
+        }
+        if let Some(used) = &record.used {
+            // The same node asks again: it did not get the answer.
+            if used.key_hash == key_hash && used.node_name == name.as_str() {
+                return Ok(NodeId(used.node_id));
+            }
+            return Err(Status::permission_denied(format!(
+                "the join token was used already, by node `{}`; each node needs a token of its own: make one with `clusterctl cluster token create`",
+                used.node_name
+            )));
+        }
+        if unix_now_s() >= record.expires_unix_s {
+            return Err(Status::permission_denied(
+                "the join token has expired; make a new one with `clusterctl cluster token create`",
+            ));
+        }
+        let taken = read(node, &name_key(name.as_str())).await.map_err(status_of)?;
+        if taken.is_some() {
+            return Err(Status::already_exists(format!(
+                "a node named `{name}` is in the cluster already; choose another name, or remove that node first"
+            )));
+        }
+        let next_key = key("next-node-id");
+        let next = read(node, &next_key).await.map_err(status_of)?;
+        let next = next.ok_or_else(|| Status::internal("the node counter is missing"))?;
+        let id: u64 = from_json(&next).map_err(status_of)?;
+        let (node_name, key_hash) = (name.to_string(), key_hash.to_owned());
+        record.used = Some(TokenUse { node_id: id, node_name, key_hash });
+        let txn = Txn::new()
+            .if_revision(token_key.as_str(), kv.mod_revision)
+            .if_revision(next_key.as_str(), next.mod_revision)
+            .if_absent(name_key(name.as_str()))
+            .put(token_key.as_str(), to_json(&record).map_err(status_of)?)
+            .put(next_key, to_json(&(id + 1)).map_err(status_of)?)
+            .put(name_key(name.as_str()), to_json(&id).map_err(status_of)?);
+        if node.txn(txn).await.map_err(status_of)?.committed() {
+            return Ok(NodeId(id));
+        }
+    }
+    Err(Status::aborted("many nodes are joining at once; try again"))
+}
+
+/// What `cluster status` shows.
+pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
+    let deadline = Instant::now() + node.config().request_timeout / 2;
+    let quorum =
+        matches!(node.ask_leader(Forward::ReadIndex, deadline).await, Ok(Forwarded::ReadIndex(_)));
+    let progress = if quorum {
+        match node.ask_leader(Forward::Progress, deadline).await {
+            Ok(Forwarded::Progress(progress)) => progress,
+            _ => Vec::new(),
+        }
+    } else {
+        Vec::new()
+    };
+    let metrics = node.metrics();
+    let record = &node.identity().record;
+    let members = node.members();
+    let voters = members.iter().filter(|member| member.voter).count();
+    let limit = node.config().timings.election_max_ms.saturating_mul(2);
+    let up = members
+        .iter()
+        .filter(|member| {
+            member.voter
+                && progress.iter().any(|(id, _, contact)| {
+                    *id == member.node_id.0 && contact.is_some_and(|ms| ms <= limit)
+                })
+        })
+        .count();
+    let failures = if quorum { up.saturating_sub(voters / 2 + 1) } else { 0 };
+    v1::ClusterStatus {
+        cluster_id: record.cluster_id.clone(),
+        cluster_name: record.cluster_name.clone(),
+        answered_by: record.node_id.0,
+        leader: metrics.current_leader,
+        term: metrics.current_term,
+        quorum,
+        members: members
+            .into_iter()
+            .map(|member| {
+                let of = progress.iter().find(|(id, _, _)| *id == member.node_id.0);
+                v1::MemberStatus {
+                    lag: of.and_then(|(_, lag, _)| *lag),
+                    last_contact_ms: of.and_then(|(_, _, contact)| *contact),
+                    member: Some(member.into()),
+                }
+            })
+            .collect(),
+        revision: node.revision(),
+        initialized: true,
+        failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
+    }
+}
+
+/// An error as gRPC says it.
+pub(crate) fn status_of(error: StoreError) -> Status {
+    let text = error.to_string();
+    match error {
+        StoreError::NoQuorum { .. } | StoreError::Recovering | StoreError::Shutdown => {
+            Status::unavailable(text)
+        }
+        StoreError::UnknownOutcome { .. } => Status::deadline_exceeded(text),
+        StoreError::Forgotten { .. } => Status::out_of_range(text),
+        StoreError::Invalid(_) => Status::invalid_argument(text),
+        StoreError::Private(_) => Status::permission_denied(text),
+        StoreError::DiskFull { .. } => Status::resource_exhausted(text),
+        StoreError::Failed { .. } => Status::internal(text),
+        StoreError::Removed => Status::failed_precondition(text),
+    }
+}
+
+/// An error as gRPC says it.
+pub(crate) fn membership_status(error: MembershipError) -> Status {
+    let text = error.to_string();
+    match error {
+        MembershipError::UnknownNode(_) => Status::not_found(text),
+        MembershipError::QuorumAtRisk { .. }
+        | MembershipError::LastNode(_)
+        | MembershipError::Itself(_) => Status::failed_precondition(text),
+        MembershipError::Invalid(_) => Status::invalid_argument(text),
+        MembershipError::Timeout(_) => Status::deadline_exceeded(text),
+        MembershipError::Store(error) => status_of(error),
+    }
+}

@@ -1,0 +1,115 @@
+//! What a member does by itself, once a second: measure the disk, ask whether it is still a member;
+//! and as the leader: make voters of learners that have caught up, forget old history.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Node;
+use crate::consensus::lead;
+use crate::machine::{Command, compacted, revision};
+use crate::{Leadership, StoreError};
+
+const EVERY: Duration = Duration::from_secs(1);
+/// History is compacted when it is this much longer than wanted, so that it is done in bulk.
+const SLACK: u64 = 1024;
+
+/// Starts the member's own tasks.
+pub(super) fn spawn(node: &Arc<Node>) -> Vec<tokio::task::JoinHandle<()>> {
+    vec![
+        tokio::spawn(follow_raft(node.clone())),
+        tokio::spawn(wait_for_recovery(node.clone())),
+        tokio::spawn(wait_for_removal(node.clone())),
+        tokio::spawn(each_second(node.clone())),
+    ]
+}
+
+async fn follow_raft(node: Arc<Node>) {
+    let me = node.clone();
+    lead::watch_metrics(node.raft.clone(), move |metrics| {
+        let is_leader = lead::leads(metrics);
+        me.leadership.send_if_modified(|now| {
+            let same = now.is_leader == is_leader && now.term == metrics.current_term;
+            if !same {
+                // A new term begins anew even where the same node leads again.
+                let since = Instant::now();
+                *now = Leadership { is_leader, term: metrics.current_term, since };
+            }
+            !same
+        });
+        if let Some(why) = lead::fatal(metrics)
+            && !me.stopping.load(std::sync::atomic::Ordering::SeqCst)
+            && !*me.removed.borrow()
+        {
+            tracing::error!(%why, "Raft stopped on this node");
+            me.failure.send_if_modified(|failure| match failure {
+                Some(_) => false,
+                None => {
+                    *failure = Some(StoreError::Failed { why });
+                    true
+                }
+            });
+        }
+    })
+    .await;
+    node.leadership.send_modify(|now| {
+        *now = Leadership { is_leader: false, term: now.term, since: Instant::now() };
+    });
+}
+
+async fn wait_for_recovery(node: Arc<Node>) {
+    if !*node.recovered.borrow() && lead::recovered(node.raft.clone()).await {
+        node.recovered.send_replace(true);
+    }
+}
+
+async fn wait_for_removal(node: Arc<Node>) {
+    let mut removed = node.removed.subscribe();
+    if removed.wait_for(|removed| *removed).await.is_err() {
+        return;
+    }
+    tracing::error!("this node was removed from the cluster and stops");
+    node.failure.send_replace(Some(StoreError::Removed));
+    let marker = node.config.data_dir.join("removed");
+    if let Err(error) = crate::identity::write_private(&marker, b"removed from the cluster\n") {
+        tracing::warn!(%error, "the removal could not be noted in the data folder");
+    }
+    lead::stop(&node.raft).await;
+}
+
+async fn each_second(node: Arc<Node>) {
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turn = 0;
+    loop {
+        ticks.tick().await;
+        if node.alive().is_err() {
+            return;
+        }
+        let low = node.db.measure(node.config.min_free_bytes);
+        if lead::leads(&node.metrics()) {
+            if low {
+                lead::step_aside(&node.raft, node.silence_limit()).await;
+                continue;
+            }
+            lead::promote(&node.raft, node.silence_limit()).await;
+            compact(&node).await;
+        } else {
+            turn += 1;
+            node.say_hello(turn).await;
+        }
+    }
+}
+
+async fn compact(node: &Node) {
+    let Ok((oldest, last)) = node.db.view(|view| Ok((compacted(view)?, revision(view)?))) else {
+        return;
+    };
+    let keep = node.config.history_revisions;
+    if last.saturating_sub(oldest) <= keep.saturating_add(SLACK.min(keep)) {
+        return;
+    }
+    let command = Command::Compact { before: last.saturating_sub(keep) };
+    let (limit, silence) = (node.config.request_timeout, node.silence_limit());
+    let answer = lead::propose(&node.raft, command, limit, silence).await;
+    tracing::debug!(?answer, "history compaction");
+}

@@ -1,0 +1,137 @@
+//! Doing, as the leader, what a member asked for; and finding the leader to ask.
+
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+
+use super::Node;
+use crate::StoreError;
+use crate::consensus::{Forward, Forwarded, ask, lead};
+use crate::machine::Command;
+use crate::storage::free_bytes;
+
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(50);
+
+impl Node {
+    /// Does it here within `limit`, if this node leads.
+    pub(crate) fn lead(&self, asked: Forward, limit: Duration) -> BoxFuture<'_, Forwarded> {
+        Box::pin(self.lead_here(asked, limit))
+    }
+
+    async fn lead_here(&self, asked: Forward, limit: Duration) -> Forwarded {
+        let silence = self.silence_limit();
+        let writes = !matches!(asked, Forward::Hello | Forward::ReadIndex | Forward::Progress);
+        if writes && self.db.disk_low() {
+            return Forwarded::DiskFull {
+                folder: self.db.folder().display().to_string(),
+                free_bytes: free_bytes(self.db.folder()).unwrap_or(0),
+            };
+        }
+        match asked {
+            Forward::Hello => Forwarded::Done,
+            Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
+            Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
+            Forward::AddLearner { id, node } => {
+                lead::add_learner(&self.raft, id, node, limit).await
+            }
+            Forward::Remove { id } => lead::remove(&self.raft, id, limit, silence).await,
+            Forward::Progress => {
+                let metrics = self.metrics();
+                if lead::leads(&metrics) {
+                    Forwarded::Progress(lead::progress(&metrics))
+                } else {
+                    Forwarded::NotLeader { leader: metrics.current_leader }
+                }
+            }
+        }
+    }
+
+    /// Has the leader do it, wherever it is, until an answer or the deadline. The request must be
+    /// one that may be done twice.
+    /// Boxed: callers' futures stay small.
+    pub(crate) fn ask_leader(
+        &self,
+        asked: Forward,
+        deadline: Instant,
+    ) -> BoxFuture<'_, Result<Forwarded, StoreError>> {
+        Box::pin(self.ask_until(asked, deadline))
+    }
+
+    async fn ask_until(&self, asked: Forward, deadline: Instant) -> Result<Forwarded, StoreError> {
+        let mut perhaps_done = false;
+        let mut why = "no leader is known".to_owned();
+        let mut hint = None;
+        loop {
+            self.alive()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(if perhaps_done {
+                    StoreError::UnknownOutcome { why }
+                } else {
+                    StoreError::NoQuorum { why }
+                });
+            }
+            let metrics = self.metrics();
+            let leader = hint.take().or(metrics.current_leader);
+            let answer = match leader {
+                None => Forwarded::NotLeader { leader: None },
+                Some(id) if id == self.id().0 => {
+                    match tokio::time::timeout(left, self.lead(asked.clone(), left)).await {
+                        Ok(answer) => answer,
+                        Err(_) => Forwarded::Unknown("no majority answered in time".to_owned()),
+                    }
+                }
+                Some(id) => self.ask_member(id, &asked, left).await,
+            };
+            match answer {
+                Forwarded::NotLeader { leader } => {
+                    // Its word is followed once; after that this node's own knowledge counts again.
+                    hint = leader.filter(|id| Some(*id) != metrics.current_leader);
+                    if leader.is_none() {
+                        "no leader is known (an election is under way, or no majority is up)"
+                            .clone_into(&mut why);
+                    }
+                }
+                Forwarded::Unavailable(reason) => why = reason,
+                Forwarded::Unknown(reason) => {
+                    perhaps_done = true;
+                    why = reason;
+                }
+                // Only this attempt was refused: an earlier one may be in the log all the same.
+                Forwarded::DiskFull { folder, .. } if perhaps_done => {
+                    return Err(StoreError::UnknownOutcome {
+                        why: format!("{why}; then the leader's disk was full ({folder})"),
+                    });
+                }
+                answer => return Ok(answer),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            tokio::time::sleep(PAUSE.min(left)).await;
+        }
+    }
+
+    async fn ask_member(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {
+        let members = self.members();
+        let address = members.iter().find(|member| member.node_id.0 == id).map(|m| &m.api_address);
+        let channel = address.and_then(|address| self.peers.shared(id, address));
+        let Some(channel) = channel else {
+            return Forwarded::Unavailable(format!(
+                "node {id} leads, and its address is not known"
+            ));
+        };
+        ask(channel, asked, left, &self.removed).await
+    }
+
+    /// Asks some other member whether this node is still one.
+    pub(super) async fn say_hello(&self, turn: usize) {
+        let me = self.id();
+        let others: Vec<_> = self.members().into_iter().filter(|m| m.node_id != me).collect();
+        if others.is_empty() {
+            return;
+        }
+        let other = &others[turn % others.len()];
+        let limit = Duration::from_secs(2);
+        let _ = self.ask_member(other.node_id.0, &Forward::Hello, limit).await;
+    }
+}

@@ -1,0 +1,111 @@
+//! A running member: Raft with everything around it. The public handle is [`crate::Cluster`].
+
+mod housekeeping;
+mod lead;
+mod members;
+mod read;
+mod run;
+mod write;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
+
+use proto::NodeId;
+use tokio::sync::watch;
+
+use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
+use crate::identity::Identity;
+use crate::storage::Db;
+use crate::{ClusterConfig, Leadership, Member, StoreError};
+
+pub(crate) use read::removed_key;
+pub(crate) use run::start;
+
+/// The parts of a running member.
+pub(crate) struct Node {
+    config: ClusterConfig,
+    identity: Identity,
+    ca_fingerprint: String,
+    db: Arc<Db>,
+    raft: Raft,
+    machine: StateMachine,
+    peers: Arc<Peers>,
+    leadership: watch::Sender<Leadership>,
+    removed: Arc<watch::Sender<bool>>,
+    /// Why this member takes no part any more.
+    failure: watch::Sender<Option<StoreError>>,
+    /// False while answers could be older than some given before a power loss.
+    recovered: watch::Sender<bool>,
+    /// Names this process's own transactions.
+    client: String,
+    sequence: AtomicU64,
+    stopping: AtomicBool,
+    tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    pub(crate) fn config(&self) -> &ClusterConfig {
+        &self.config
+    }
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+    pub(crate) fn ca_fingerprint(&self) -> &str {
+        &self.ca_fingerprint
+    }
+    pub(crate) fn id(&self) -> NodeId {
+        self.identity.record.node_id
+    }
+    pub(crate) fn db(&self) -> &Arc<Db> {
+        &self.db
+    }
+    pub(crate) fn raft(&self) -> &Raft {
+        &self.raft
+    }
+    pub(crate) fn peers(&self) -> &Arc<Peers> {
+        &self.peers
+    }
+    pub(crate) fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.leadership.subscribe()
+    }
+    pub(crate) fn failure(&self) -> watch::Receiver<Option<StoreError>> {
+        self.failure.subscribe()
+    }
+
+    /// Raft's state now. Never hold on to a borrow of openraft's own: it can block Raft.
+    pub(crate) fn metrics(&self) -> Metrics {
+        current_metrics(&self.raft)
+    }
+
+    /// Refuses work on a member that is at its end.
+    pub(crate) fn alive(&self) -> Result<(), StoreError> {
+        if self.stopping.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(StoreError::Shutdown);
+        }
+        match &*self.failure.borrow() {
+            Some(failure) => Err(failure.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Members, by id.
+    pub(crate) fn members(&self) -> Vec<Member> {
+        members::of(&self.metrics())
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.config.request_timeout
+    }
+
+    /// How long a member may be silent before it does not count as reachable.
+    fn silence_limit(&self) -> Duration {
+        Duration::from_millis(self.config.timings.election_max_ms.saturating_mul(2))
+    }
+}

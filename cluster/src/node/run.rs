@@ -1,0 +1,85 @@
+//! Starting and ending a member.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::{Node, housekeeping};
+use crate::consensus::{self, Network, Peers, StateMachine, lead};
+use crate::identity::{Identity, fingerprint};
+use crate::storage::Db;
+use crate::tls::member_client;
+use crate::{ClusterConfig, Leadership, OpenError};
+
+/// Starts Raft and the member's own tasks.
+pub(crate) async fn start(
+    config: ClusterConfig,
+    identity: Identity,
+    db: Arc<Db>,
+) -> Result<Arc<Node>, OpenError> {
+    let unusable = |detail: String| OpenError::Unusable { path: config.data_dir.clone(), detail };
+    let tls = member_client(&identity).map_err(|error| unusable(error.to_string()))?;
+    let ca_fingerprint = fingerprint(&identity.ca_pem)
+        .ok_or_else(|| unusable("ca.crt is not a certificate".to_owned()))?;
+    let peers = Arc::new(Peers::new(tls, identity.record.cluster_id.clone()));
+    let removed = Arc::new(watch::channel(false).0);
+    let io = |source| OpenError::Io { path: config.data_dir.clone(), source };
+    consensus::clean_up(&config.data_dir.join("snapshots")).map_err(io)?;
+    let machine = StateMachine::open(db.clone()).map_err(io)?;
+    let network = Network {
+        peers: peers.clone(),
+        append_limit: Duration::from_millis(config.timings.election_max_ms.max(1000)),
+        removed: removed.clone(),
+    };
+    db.measure(config.min_free_bytes);
+    let id = identity.record.node_id;
+    let raft = consensus::start(id.0, &config, db.clone(), machine.clone(), network).await?;
+    let mut nonce = [0; 8];
+    getrandom::fill(&mut nonce).map_err(|error| unusable(error.to_string()))?;
+    let node = Arc::new(Node {
+        client: format!("node-{id}-{:016x}", u64::from_ne_bytes(nonce)),
+        ca_fingerprint,
+        raft,
+        machine,
+        peers,
+        leadership: watch::channel(Leadership { is_leader: false, term: 0, since: Instant::now() })
+            .0,
+        removed,
+        failure: watch::channel(None).0,
+        recovered: watch::channel(!db.lost_tail).0,
+        sequence: AtomicU64::new(0),
+        stopping: AtomicBool::new(false),
+        tasks: Mutex::new(Vec::new()),
+        config,
+        identity,
+        db,
+    });
+    let tasks = housekeeping::spawn(&node);
+    *node.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
+    Ok(node)
+}
+
+impl Node {
+    /// Ends Raft, then the database.
+    pub(crate) async fn shutdown(&self) {
+        if self.stopping.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        lead::stop(&self.raft).await;
+        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        for task in tasks {
+            task.abort();
+        }
+        let db = self.db.clone();
+        if tokio::task::spawn_blocking(move || db.close()).await.is_err() {
+            tracing::error!("the database could not be closed");
+        }
+        // Watches and waiting callers look again, and find the end.
+        self.failure.send_if_modified(|failure| {
+            failure.get_or_insert(crate::StoreError::Shutdown);
+            true
+        });
+    }
+}

@@ -1,0 +1,192 @@
+//! Opening a data folder: a member goes on, a fresh one is initialized or joins.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use proto::{Name, NodeId};
+use tokio::sync::Mutex as AsyncMutex;
+
+use crate::consensus::{MemberNode, lead};
+use crate::identity::{Ca, Identity, NodeIdentity, request};
+use crate::membership;
+use crate::node::{self, Node};
+use crate::storage::{Db, FolderLock};
+use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
+
+/// What a data folder turned out to be.
+#[derive(Debug)]
+pub enum Opened {
+    /// Belongs to no cluster yet.
+    Fresh(Uninitialized),
+    /// A member; Raft is running.
+    Member(Cluster),
+}
+
+/// A locked data folder that belongs to no cluster.
+#[derive(Debug)]
+pub struct Uninitialized {
+    config: ClusterConfig,
+    lock: Mutex<Option<FolderLock>>,
+    /// One attempt at a time.
+    busy: AsyncMutex<()>,
+}
+
+/// Locks the data folder and opens what is in it.
+///
+/// # Errors
+/// [`OpenError`]: in use by another agent, damaged, disk full.
+pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
+    let lock = FolderLock::take(&config.data_dir)?;
+    let folder = &config.data_dir;
+    if folder.join("removed").exists() {
+        return Err(OpenError::Unusable {
+            path: folder.clone(),
+            detail: "this node was removed from its cluster; to use it again, empty the folder and join anew".to_owned(),
+        });
+    }
+    let Some(identity) = Identity::load(folder)? else {
+        return Ok(Opened::Fresh(Uninitialized {
+            config,
+            lock: Mutex::new(Some(lock)),
+            busy: AsyncMutex::new(()),
+        }));
+    };
+    if !folder.join("db").exists() {
+        return Err(OpenError::Unusable {
+            path: folder.join("db"),
+            detail: "is missing: a member that forgot its votes must not take part; remove this node from the cluster, empty its data folder and join again".to_owned(),
+        });
+    }
+    let db = open_db(&config, lock).await?;
+    Ok(Opened::Member(Cluster::new(node::start(config, identity, db).await?)))
+}
+
+async fn open_db(config: &ClusterConfig, lock: FolderLock) -> Result<Arc<Db>, OpenError> {
+    let folder = config.data_dir.clone();
+    let opened = tokio::task::spawn_blocking(move || Db::open(&folder, lock)).await;
+    let db = opened.map_err(|error| OpenError::Raft(error.to_string()))??;
+    Ok(Arc::new(db))
+}
+
+impl Uninitialized {
+    /// Makes a new cluster with this node as its only member. Can be tried again after an error.
+    ///
+    /// # Errors
+    /// [`InitError`]
+    pub async fn init(&self, cluster_name: &str, node_name: &str) -> Result<Cluster, InitError> {
+        let _one = self.busy.lock().await;
+        let cluster_name: Name = cluster_name.parse()?;
+        let node_name: Name = node_name.parse()?;
+        let made = |error: &dyn std::fmt::Display| InitError::Identity(error.to_string());
+        let (key_pem, csr) = request().map_err(|error| made(&error))?;
+        let cluster_id = new_id().map_err(|error| made(&error))?;
+        let ca = Ca::make(&cluster_id).map_err(|error| made(&error))?;
+        let node_id = NodeId(1);
+        let identity = Identity {
+            certificate_pem: ca
+                .sign_node(&cluster_id, node_id, &csr)
+                .map_err(|error| made(&error))?,
+            ca_pem: ca.certificate_pem.clone(),
+            record: NodeIdentity {
+                cluster_id,
+                cluster_name: cluster_name.to_string(),
+                node_id,
+                node_name: node_name.to_string(),
+            },
+            key_pem,
+        };
+        let node = self.start_empty(identity.clone()).await?;
+        let first = self.first_records(&node, &ca, &node_name).await;
+        if let Err(error) = first.and_then(|()| Ok(identity.store(&self.config.data_dir)?)) {
+            self.give_back(&node).await;
+            return Err(error);
+        }
+        Ok(Cluster::new(node))
+    }
+
+    async fn first_records(&self, node: &Node, ca: &Ca, name: &Name) -> Result<(), InitError> {
+        let member = MemberNode {
+            name: name.to_string(),
+            api_address: self.config.api_address.clone(),
+            enrol_address: self.config.enrol_address.clone(),
+        };
+        lead::initialize(node.raft(), 1, member)
+            .await
+            .map_err(|why| InitError::Store(StoreError::Failed { why }))?;
+        membership::write_first_records(node, ca, name).await?;
+        Ok(())
+    }
+
+    /// Joins the cluster that made the token. The others reach this node at its advertised
+    /// addresses once the agent serves there. Can be tried again after an error.
+    ///
+    /// # Errors
+    /// [`JoinError`]
+    pub async fn join(&self, token: &str, node_name: &str) -> Result<Cluster, JoinError> {
+        let _one = self.busy.lock().await;
+        let name: Name = node_name.parse()?;
+        let identity = crate::enrol::enrol(&self.config, token, &name).await?;
+        let node = self.start_empty(identity.clone()).await?;
+        if let Err(error) = identity.store(&self.config.data_dir) {
+            self.give_back(&node).await;
+            return Err(error.into());
+        }
+        crate::enrol::forget_key(&self.config.data_dir);
+        Ok(Cluster::new(node))
+    }
+
+    /// Starts a member on an empty database; what an earlier attempt left is removed first.
+    async fn start_empty(&self, identity: Identity) -> Result<Arc<Node>, OpenError> {
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lock = lock.ok_or_else(|| OpenError::Unusable {
+            path: self.config.data_dir.clone(),
+            detail: "belongs to a cluster already".to_owned(),
+        })?;
+        let result = async {
+            for part in ["db", "snapshots"] {
+                let path = self.config.data_dir.join(part);
+                match std::fs::remove_dir_all(&path) {
+                    Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(OpenError::Io { path, source });
+                    }
+                    _ => {}
+                }
+            }
+            let db = open_db(&self.config, lock).await?;
+            let started = node::start(self.config.clone(), identity, db.clone()).await;
+            if started.is_err() {
+                db.close();
+            }
+            started
+        }
+        .await;
+        if result.is_err() {
+            self.lock_again().await;
+        }
+        result
+    }
+
+    /// After a failed attempt: ends it and takes the folder back.
+    async fn give_back(&self, node: &Node) {
+        node.shutdown().await;
+        self.lock_again().await;
+    }
+
+    async fn lock_again(&self) {
+        let until = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < until {
+            if let Ok(lock) = FolderLock::take(&self.config.data_dir) {
+                *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// A random cluster id that is a DNS label.
+fn new_id() -> Result<String, getrandom::Error> {
+    let mut bytes = [0; 10];
+    getrandom::fill(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}

@@ -1,0 +1,95 @@
+//! Group commit: writers put their batch into the write-ahead log and queue here; one thread takes
+//! all that wait, does one fsync for them, and tells each.
+
+use std::io;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+/// Told once: the write is durable, or why it is not.
+pub(super) type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
+
+/// The queue and its thread. Dropping it waits for what is queued.
+#[derive(Debug)]
+pub(super) struct Flusher {
+    queue: Option<mpsc::Sender<Done>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flusher {
+    /// Starts the thread; `sync` makes all earlier writes durable.
+    pub(super) fn start(sync: impl Fn() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let (queue, waiting) = mpsc::channel::<Done>();
+        let thread = std::thread::Builder::new().name("log-fsync".to_owned()).spawn(move || {
+            while let Ok(first) = waiting.recv() {
+                // Taken before the fsync begins: whoever queues later waits for the next one.
+                let batch: Vec<Done> = std::iter::once(first).chain(waiting.try_iter()).collect();
+                let result = sync();
+                for done in batch {
+                    done(copy(&result));
+                }
+            }
+        })?;
+        Ok(Self { queue: Some(queue), thread: Some(thread) })
+    }
+
+    /// Calls `done` when everything written before is durable.
+    pub(super) fn submit(&self, done: Done) {
+        let refused = match &self.queue {
+            Some(queue) => queue.send(done).err().map(|unsent| unsent.0),
+            None => Some(done),
+        };
+        if let Some(done) = refused {
+            done(Err(io::Error::other("the database is closed")));
+        }
+    }
+}
+
+fn copy(result: &io::Result<()>) -> io::Result<()> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+    }
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        drop(self.queue.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the fsync thread panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn many_writers_share_an_fsync_and_none_is_told_before_it() -> io::Result<()> {
+        let syncs = Arc::new(AtomicUsize::new(0));
+        let counter = syncs.clone();
+        let (gate, opened) = mpsc::channel::<()>();
+        let flusher = Flusher::start(move || {
+            let _ = opened.recv();
+            counter.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        })?;
+        let (told, heard) = mpsc::channel();
+        for _ in 0..100 {
+            let (told, syncs) = (told.clone(), syncs.clone());
+            flusher.submit(Box::new(move |result| {
+                let _ = told.send(result.is_ok() && syncs.load(Ordering::SeqCst) > 0);
+            }));
+        }
+        assert!(heard.try_recv().is_err(), "told before the fsync");
+        drop(gate);
+        assert!((0..100).all(|_| heard.recv() == Ok(true)));
+        assert!(syncs.load(Ordering::SeqCst) < 100);
+        Ok(())
+    }
+}

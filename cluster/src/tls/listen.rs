@@ -1,0 +1,203 @@
+//! Listeners: accept, shake hands, and yield only connections whose other end is known.
+//!
+//! Handshakes run beside each other, so a peer that sends garbage or nothing holds up nobody; at
+//! most [`HANDSHAKES_MAX`] run at once and each has [`HANDSHAKE_LIMIT`].
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures::Stream;
+use futures::stream::unfold;
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tonic::transport::server::Connected;
+
+use super::{ConnectInfo, PeerIdentity};
+use crate::identity::subject_of;
+
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+const HANDSHAKES_MAX: usize = 256;
+/// How often a refused address is mentioned in the log.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+
+/// An authenticated connection of the api listener (or an anonymous one of the enrolment listener).
+#[derive(Debug)]
+pub struct TlsConnection {
+    stream: TlsStream<TcpStream>,
+    info: Option<ConnectInfo>,
+}
+
+impl Connected for TlsConnection {
+    type ConnectInfo = Option<ConnectInfo>;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.info.clone()
+    }
+}
+
+/// Whom a listener lets in.
+#[derive(Debug, Clone)]
+pub(crate) enum Admit {
+    /// Nodes and clients of the cluster with this id.
+    Members(String),
+    /// Anyone; the service behind asks for a token.
+    Anyone,
+}
+
+/// Connections of a listener, for as long as the stream is polled.
+pub(crate) fn incoming(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    admit: Admit,
+) -> impl Stream<Item = io::Result<TlsConnection>> + Send + 'static {
+    let state = Listening {
+        listener,
+        acceptor: TlsAcceptor::from(tls),
+        admit,
+        handshakes: JoinSet::new(),
+        complaint: None,
+    };
+    unfold(state, |mut state| async move {
+        let connection = state.next().await;
+        Some((Ok(connection), state))
+    })
+}
+
+struct Listening {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    admit: Admit,
+    handshakes: JoinSet<(SocketAddr, io::Result<TlsConnection>)>,
+    complaint: Option<(IpAddr, Instant)>,
+}
+
+impl Listening {
+    async fn next(&mut self) -> TlsConnection {
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept(), if self.handshakes.len() < HANDSHAKES_MAX => {
+                    match accepted {
+                        Ok((tcp, remote)) => self.begin(tcp, remote),
+                        Err(error) => {
+                            // Out of file descriptors, most likely: give others time to close.
+                            tracing::warn!(%error, "accept failed");
+                            tokio::time::sleep(Duration::from_millis(100)).await;
+                        }
+                    }
+                }
+                Some(done) = self.handshakes.join_next() => match done {
+                    Ok((_, Ok(connection))) => return connection,
+                    Ok((remote, Err(error))) => self.complain(remote, &error),
+                    Err(error) => tracing::warn!(%error, "a handshake ended oddly"),
+                },
+            }
+        }
+    }
+
+    fn begin(&mut self, tcp: TcpStream, remote: SocketAddr) {
+        let (acceptor, admit) = (self.acceptor.clone(), self.admit.clone());
+        self.handshakes.spawn(async move {
+            let shaken =
+                tokio::time::timeout(HANDSHAKE_LIMIT, handshake(acceptor, tcp, remote, admit));
+            let result = shaken.await.unwrap_or_else(|_| {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 10 s"))
+            });
+            (remote, result)
+        });
+    }
+
+    /// Once per address and minute: a port scanner must not fill the log.
+    fn complain(&mut self, remote: SocketAddr, error: &io::Error) {
+        let now = Instant::now();
+        let repeated = self
+            .complaint
+            .is_some_and(|(ip, at)| ip == remote.ip() && now.duration_since(at) < LOG_EVERY);
+        if repeated {
+            tracing::debug!(%remote, %error, "connection refused");
+        } else {
+            tracing::warn!(%remote, %error, "connection refused");
+            self.complaint = Some((remote.ip(), now));
+        }
+    }
+}
+
+async fn handshake(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    remote: SocketAddr,
+    admit: Admit,
+) -> io::Result<TlsConnection> {
+    tcp.set_nodelay(true)?;
+    let stream = acceptor.accept(tcp).await?;
+    let info = match admit {
+        Admit::Anyone => None,
+        Admit::Members(cluster_id) => {
+            let certificate = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
+            let subject = certificate.and_then(|der| subject_of(der));
+            match subject {
+                Some((cluster, peer))
+                    if cluster == cluster_id && peer != PeerIdentity::LocalRoot =>
+                {
+                    Some(ConnectInfo { peer, remote })
+                }
+                Some((cluster, _)) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::PermissionDenied,
+                        format!("its certificate is of cluster {cluster}"),
+                    ));
+                }
+                None => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::PermissionDenied,
+                        "its certificate names no node or client",
+                    ));
+                }
+            }
+        }
+    };
+    Ok(TlsConnection { stream, info })
+}
+
+impl AsyncRead for TlsConnection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for TlsConnection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

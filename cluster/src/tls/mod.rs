@@ -1,0 +1,22 @@
+//! TLS 1.3 between nodes and clients: who is at the other end is known before a byte is served.
+
+mod config;
+mod connect;
+mod listen;
+mod peer;
+
+pub(crate) use config::{enrol_client, enrol_server, member_client, member_server};
+pub(crate) use connect::{channel, connect};
+pub use listen::TlsConnection;
+pub(crate) use listen::{Admit, incoming};
+pub use peer::{PeerIdentity, peer, require_any, require_node};
+
+/// What a service learns about the connection a request came in on (a request extension, as
+/// `Option<ConnectInfo>`; see [`peer`]).
+#[derive(Debug, Clone)]
+pub struct ConnectInfo {
+    /// The authenticated other end.
+    pub peer: PeerIdentity,
+    /// Its address.
+    pub remote: std::net::SocketAddr,
+}

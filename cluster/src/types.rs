@@ -1,0 +1,214 @@
+//! What callers say to the store and hear from it.
+
+use proto::{NodeId, Revision, v1};
+
+/// One key's present state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyValue {
+    /// UTF-8 path.
+    pub key: String,
+    /// What was put.
+    pub value: Vec<u8>,
+    /// When the key came into being.
+    pub create_revision: Revision,
+    /// The last write.
+    pub mod_revision: Revision,
+}
+
+/// How fresh an answer must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// Confirmed with a quorum: sees every write acknowledged before the call.
+    Linearizable,
+    /// What this node has applied; answers without quorum.
+    Stale,
+}
+
+/// Keys of one range, all as of one revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RangeResult {
+    /// In key order.
+    pub kvs: Vec<KeyValue>,
+    /// The store's revision that the answer belongs to.
+    pub revision: Revision,
+    /// There are more beyond the limit: ask again after the last key.
+    pub more: bool,
+}
+
+/// Compares, then writes, atomically. Built with the methods below.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Txn {
+    pub(crate) compares: Vec<(String, Revision)>,
+    pub(crate) writes: Vec<Write>,
+    pub(crate) dedup: Option<(String, u64)>,
+}
+
+/// One write of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write {
+    /// Set a key.
+    Put {
+        /// Which.
+        key: String,
+        /// To what.
+        value: Vec<u8>,
+    },
+    /// Remove a key; nothing happens where it is absent.
+    Delete {
+        /// Which.
+        key: String,
+    },
+}
+
+impl Txn {
+    /// A transaction that does nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+    /// Only if the key is absent.
+    #[must_use]
+    pub fn if_absent(self, key: impl Into<String>) -> Self {
+        self.if_revision(key, Revision(0))
+    }
+    /// Only if the key's last write is this revision (0: absent).
+    #[must_use]
+    pub fn if_revision(mut self, key: impl Into<String>, mod_revision: Revision) -> Self {
+        self.compares.push((key.into(), mod_revision));
+        self
+    }
+    /// Set a key.
+    #[must_use]
+    pub fn put(mut self, key: impl Into<String>, value: impl Into<Vec<u8>>) -> Self {
+        self.writes.push(Write::Put { key: key.into(), value: value.into() });
+        self
+    }
+    /// Remove a key.
+    #[must_use]
+    pub fn delete(mut self, key: impl Into<String>) -> Self {
+        self.writes.push(Write::Delete { key: key.into() });
+        self
+    }
+    /// Names the transaction, so that a repetition after an unknown outcome is answered instead
+    /// of applied twice. `sequence` rises with each of the client's transactions. Without this,
+    /// [`Cluster::txn`](crate::Cluster::txn) names it itself, which covers its own retries.
+    #[must_use]
+    pub fn named(mut self, client: impl Into<String>, sequence: u64) -> Self {
+        self.dedup = Some((client.into(), sequence));
+        self
+    }
+    /// Every key it names.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        let written = self.writes.iter().map(|write| match write {
+            Write::Put { key, .. } | Write::Delete { key } => key.as_str(),
+        });
+        self.compares.iter().map(|(key, _)| key.as_str()).chain(written)
+    }
+    /// Whether it has neither compares nor writes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.compares.is_empty() && self.writes.is_empty()
+    }
+}
+
+/// What became of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TxnOutcome {
+    /// All compares held, all writes are committed.
+    Committed {
+        /// The transaction's revision, or the store's where it changed nothing.
+        revision: Revision,
+    },
+    /// A compare did not hold; nothing was written.
+    Conflict {
+        /// The store's revision.
+        revision: Revision,
+        /// Present state of the keys whose compare failed; absent ones are left out.
+        conflicts: Vec<KeyValue>,
+    },
+}
+
+impl TxnOutcome {
+    /// Whether it was committed.
+    #[must_use]
+    pub fn committed(&self) -> bool {
+        matches!(self, Self::Committed { .. })
+    }
+    /// The transaction's revision, or the store's.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        match self {
+            Self::Committed { revision } | Self::Conflict { revision, .. } => *revision,
+        }
+    }
+}
+
+/// All changes of one revision that a watch asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WatchBatch {
+    /// The transaction's revision.
+    pub revision: Revision,
+    /// In the order of the transaction.
+    pub events: Vec<WatchEvent>,
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WatchEvent {
+    /// A key was set.
+    Put(KeyValue),
+    /// A key was removed.
+    Deleted {
+        /// Which.
+        key: String,
+    },
+}
+
+/// A member as the Raft configuration knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Raft id, never reused.
+    pub node_id: NodeId,
+    /// The label people see.
+    pub name: String,
+    /// `host:port` of its gRPC listener.
+    pub api_address: String,
+    /// `host:port` of its enrolment listener.
+    pub enrol_address: String,
+    /// Counts for quorum.
+    pub voter: bool,
+}
+
+/// Whether this node leads, and since when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leadership {
+    /// Raft says this node is the leader (not confirmed: see `confirm_leadership`).
+    pub is_leader: bool,
+    /// The term this was seen in.
+    pub term: u64,
+    /// When it became so, by this machine's monotonic clock.
+    pub since: std::time::Instant,
+}
+
+impl From<KeyValue> for v1::KeyValue {
+    fn from(kv: KeyValue) -> Self {
+        Self {
+            key: kv.key,
+            value: kv.value,
+            create_revision: kv.create_revision.0,
+            mod_revision: kv.mod_revision.0,
+        }
+    }
+}
+
+impl From<Member> for v1::Member {
+    fn from(member: Member) -> Self {
+        Self {
+            node_id: member.node_id.0,
+            name: member.name,
+            api_address: member.api_address,
+            enrol_address: member.enrol_address,
+            voter: member.voter,
+        }
+    }
+}

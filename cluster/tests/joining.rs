@@ -1,0 +1,298 @@
+//! Tokens, certificates and bad input from strangers.
+
+mod common;
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::{JoinError, OpenError, Opened, open};
+use common::{LIMIT, Lab, Outcome, TestNode};
+use proto::v1;
+use proto::v1::config_client::ConfigClient;
+use proto::v1::enrolment_client::EnrolmentClient;
+use proto::v1::membership_client::MembershipClient;
+use proto::v1::raft_client::RaftClient;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio::net::TcpStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+fn refused(result: Outcome) -> Outcome<String> {
+    match result {
+        Ok(()) => Err("it was let in".into()),
+        Err(error) => Ok(error.to_string()),
+    }
+}
+
+#[test]
+fn bad_tokens_and_taken_names_are_refused_with_the_reason() -> Outcome {
+    let lab = Lab::new(1)?;
+    let mut node = TestNode::new(lab.folder(), "n1")?;
+    node.folder = lab.folder().join("other");
+    node.config.data_dir = node.folder.clone();
+    let token = lab.token(0)?;
+    let why = refused(node.join(&token))?;
+    assert!(why.contains("named `n1` is in the cluster already"), "{why}");
+    node.name = "n2".to_owned();
+    // The refused attempt has not used the token up.
+    node.join(&token)?;
+    assert_eq!(node.cluster()?.node_id().0, 2);
+
+    let mut third = TestNode::new(lab.folder(), "n3")?;
+    let why = refused(third.join(&token))?;
+    assert!(why.contains("used already, by node `n2`"), "{why}");
+    let why = refused(third.join("hf1-AAAA"))?;
+    assert!(why.contains("not a join token"), "{why}");
+    let mut forged = lab.token(0)?;
+    // Another secret, well-formed otherwise: one letter in the middle of it.
+    let at = 30;
+    let letter = if &forged[at..=at] == "A" { "B" } else { "A" };
+    forged.replace_range(at..=at, letter);
+    let why = refused(third.join(&forged))?;
+    assert!(why.contains("not known here") || why.contains("not a join token"), "{why}");
+    let made = lab.nodes[0].run(|c| async move { c.create_token(1).await })??;
+    let expires = std::time::UNIX_EPOCH + Duration::from_secs(made.expires_unix_s);
+    lab.wait("it has expired", |_| Ok(std::time::SystemTime::now() > expires))?;
+    let short = made.token;
+    let why = refused(third.join(&short))?;
+    assert!(why.contains("expired"), "{why}");
+    third.join(&lab.token(0)?)?;
+    Ok(())
+}
+
+#[test]
+fn a_token_of_another_cluster_is_not_told_to_this_one() -> Outcome {
+    let (one, two) = (Lab::new(1)?, Lab::new(1)?);
+    // The other cluster now answers where the token points to.
+    let token = one.token(0)?;
+    let address = one.nodes[0].config.enrol_address.clone();
+    drop(one);
+    let mut node = TestNode::new(two.folder(), "n2")?;
+    let cluster = two.nodes[0].cluster()?;
+    two.nodes[0].run(move |_| async move {
+        let listener = tokio::net::TcpListener::bind(&address).await?;
+        let server = tonic::transport::Server::builder().add_service(cluster.enrolment_service());
+        tokio::spawn(server.serve_with_incoming(cluster.enrol_incoming(listener)?));
+        Outcome::Ok(())
+    })??;
+    let why = refused(node.join(&token))?;
+    assert!(why.contains("does not belong to the cluster that made this token"), "{why}");
+    Ok(())
+}
+
+/// A TLS client's identity, PEM.
+#[derive(Clone)]
+struct Papers {
+    key: String,
+    certificate: String,
+}
+
+/// Dials as the given client (or as nobody), trusting `ca_pem`.
+fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outcome<Channel> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(ca_pem.as_bytes())?)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots);
+    let mut tls = match papers {
+        Some(papers) => builder.with_client_auth_cert(
+            vec![CertificateDer::from_pem_slice(papers.certificate.as_bytes())?],
+            PrivateKeyDer::from_pem_slice(papers.key.as_bytes())?,
+        )?,
+        None => builder.with_no_client_auth(),
+    };
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    let (tls, name) = (Arc::new(tls), ServerName::try_from(name.to_owned())?);
+    let address = address.to_owned();
+    let endpoint = Endpoint::from_static("http://member.holdfast").timeout(LIMIT);
+    Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+        let (tls, name, address) = (tls.clone(), name.clone(), address.clone());
+        async move {
+            let tcp = TcpStream::connect(address).await?;
+            let stream = tokio_rustls::TlsConnector::from(tls).connect(name, tcp).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+        }
+    })))
+}
+
+fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
+    let key = rcgen::KeyPair::generate()?;
+    let csr = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
+    let client = client.to_owned();
+    let issued =
+        lab.nodes[0].run(move |c| async move { c.issue_client(&client, &csr).await })??;
+    let papers = Papers { key: key.serialize_pem(), certificate: issued.certificate_pem };
+    Ok((papers, issued.ca_pem))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_get_what_their_certificate_is_good_for() -> Outcome {
+    // The labs' own runtimes may not be driven or dropped from within this one.
+    let (one, two) = tokio::task::spawn_blocking(|| {
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>((Lab::new(1)?, Lab::new(1)?))
+    })
+    .await??;
+    let ((one, two), (mine, ca), (foreign, _)) = tokio::task::spawn_blocking(move || {
+        let (mine, foreign) = (papers(&one, "ann")?, papers(&two, "eve")?);
+        Outcome::Ok(((one, two), mine, foreign))
+    })
+    .await??;
+    let cluster_id = one.nodes[0].cluster()?.cluster_id().to_owned();
+    let (api, enrol) =
+        (one.nodes[0].config.api_address.clone(), one.nodes[0].config.enrol_address.clone());
+    let any = format!("{cluster_id}.holdfast");
+
+    // Garbage on both ports first: nobody after it may notice.
+    for address in [&api, &enrol] {
+        for _ in 0..20 {
+            let mut garbage = std::net::TcpStream::connect(address)?;
+            garbage.write_all(&[0x16, 3, 1, 0xff, 0xff, 9, 9, 9, 9])?;
+            garbage.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
+        }
+        // These say nothing, and stay.
+        for _ in 0..20 {
+            std::mem::forget(std::net::TcpStream::connect(address)?);
+        }
+    }
+
+    let good = dial(&api, &ca, &any, Some(mine.clone()))?;
+    let status = MembershipClient::new(good.clone()).status(v1::ClusterStatusRequest {}).await?;
+    assert!(status.get_ref().quorum);
+    let mut config = ConfigClient::new(good.clone());
+    let put = |key: &str| v1::TxnRequest {
+        writes: vec![v1::WriteOp {
+            op: Some(v1::write_op::Op::Put(v1::Put { key: key.to_owned(), value: b"x".to_vec() })),
+        }],
+        ..v1::TxnRequest::default()
+    };
+    assert!(config.txn(put("vms/a.toml")).await?.get_ref().succeeded);
+    for key in ["priv/ca", "status/vms/a"] {
+        let refused = config.txn(put(key)).await.err().ok_or(key)?;
+        assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{key}");
+    }
+    let secret = v1::GetRequest { key: "priv/ca".to_owned(), consistency: 1 };
+    assert_eq!(
+        config.get(secret).await.err().map(|s| s.code()),
+        Some(tonic::Code::PermissionDenied)
+    );
+    let mut raft = RaftClient::new(good);
+    let vote = raft.vote(v1::RaftMessage { payload: vec![1, 2, 3] }).await;
+    assert_eq!(vote.err().map(|s| s.code()), Some(tonic::Code::PermissionDenied));
+
+    for nobody in [None, Some(foreign)] {
+        let channel = dial(&api, &ca, &any, nobody)?;
+        let answer = MembershipClient::new(channel).status(v1::ClusterStatusRequest {}).await;
+        assert!(answer.is_err(), "a stranger was answered");
+    }
+    // A certificate is good for no other node than its own.
+    let wrong = dial(&api, &ca, &format!("node-2.{cluster_id}.holdfast"), Some(mine))?;
+    let answer = MembershipClient::new(wrong).status(v1::ClusterStatusRequest {}).await;
+    assert!(answer.is_err(), "node 1 passed for node 2");
+
+    // The joining node's clock, and what is no request at all.
+    let key = rcgen::KeyPair::generate()?;
+    let csr_pem = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    let request = v1::EnrolRequest {
+        token_id: "00".to_owned(),
+        token_secret: "x".to_owned(),
+        node_name: "late".to_owned(),
+        csr_pem,
+        api_address: "127.0.0.1:1".to_owned(),
+        enrol_address: "127.0.0.1:2".to_owned(),
+        now_unix_s: now - 3600,
+    };
+    let mut stranger = EnrolmentClient::new(dial(&enrol, &ca, &any, None)?);
+    let late = stranger.enrol(request.clone()).await.err().ok_or("let in")?;
+    assert!(
+        late.message().contains("3600 s behind") || late.message().contains("behind this cluster"),
+        "{late}"
+    );
+    assert!(late.message().contains("timedatectl"), "{late}");
+    let unknown = stranger.enrol(v1::EnrolRequest { now_unix_s: now, ..request.clone() }).await;
+    assert_eq!(unknown.err().map(|s| s.code()), Some(tonic::Code::PermissionDenied));
+    let garbled = v1::EnrolRequest { now_unix_s: now, csr_pem: "no request".to_owned(), ..request };
+    let garbled = stranger.enrol(garbled).await;
+    assert_eq!(garbled.err().map(|s| s.code()), Some(tonic::Code::InvalidArgument));
+    tokio::task::spawn_blocking(move || drop((one, two))).await?;
+    Ok(())
+}
+
+#[test]
+fn one_agent_per_data_folder_and_no_damaged_database() -> Outcome {
+    let mut lab = Lab::new(1)?;
+    let config = lab.nodes[0].config.clone();
+    let second = lab.nodes[0].run({
+        let config = config.clone();
+        move |_| async move { open(config).await }
+    })?;
+    let Err(error @ OpenError::InUse { .. }) = second else { return Err("opened twice".into()) };
+    assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+
+    // Enough rows that table files are written, then one of them is damaged.
+    for round in 0..40u32 {
+        lab.nodes[0].run(|c| async move {
+            c.txn(cluster::Txn::new().put(format!("k/{round}"), noise(900_000, round))).await
+        })??;
+    }
+    lab.nodes[0].stop();
+    let runtime = tokio::runtime::Runtime::new()?;
+    // A second open and close writes the log's rows into table files.
+    let Opened::Member(cluster) = runtime.block_on(open(config.clone()))? else {
+        return Err("not a member".into());
+    };
+    runtime.block_on(cluster.shutdown());
+    drop(cluster);
+    let tables: Vec<_> = std::fs::read_dir(config.data_dir.join("db"))?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|ext| ext == "sst"))
+        .collect();
+    let table = tables.iter().max_by_key(|path| path.metadata().map_or(0, |m| m.len()));
+    let table = table.ok_or("no table file")?;
+    let mut bytes = std::fs::read(table)?;
+    let middle = bytes.len() / 3;
+    for byte in &mut bytes[middle..middle + 64] {
+        *byte ^= 0x5a;
+    }
+    std::fs::write(table, bytes)?;
+    let damaged = runtime.block_on(open(config.clone()));
+    let Err(error @ OpenError::Corrupt { .. }) = damaged else {
+        return Err(format!("a damaged database was opened: {damaged:?}").into());
+    };
+    assert!(error.to_string().contains("join again"), "{error}");
+    // A member without its database must not start from nothing.
+    std::fs::remove_dir_all(config.data_dir.join("db"))?;
+    let missing = runtime.block_on(open(config));
+    assert!(matches!(missing, Err(OpenError::Unusable { .. })), "{missing:?}");
+    Ok(())
+}
+
+/// Bytes that do not compress.
+fn noise(length: usize, seed: u32) -> Vec<u8> {
+    let mut state = u64::from(seed) | 1;
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state.to_be_bytes()[0]
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+#[test]
+fn nobody_at_the_address_is_said_so() -> Outcome {
+    let lab = Lab::new(1)?;
+    let token = lab.token(0)?;
+    let config = {
+        let node = TestNode::new(lab.folder(), "n2")?;
+        node.config.clone()
+    };
+    drop(lab);
+    let runtime = tokio::runtime::Runtime::new()?;
+    let Opened::Fresh(fresh) = runtime.block_on(open(config))? else {
+        return Err("not fresh".into());
+    };
+    let error = runtime.block_on(fresh.join(&token, "n2"));
+    assert!(matches!(error, Err(JoinError::Unreachable(_))), "{error:?}");
+    Ok(())
+}
