@@ -1,0 +1,222 @@
+//! Clusters in words, and what the plan makes of them.
+
+mod common;
+
+use common::{Cluster, name};
+use ha_manager::{Attempts, Denied, NodeState, check_target, place};
+
+#[test]
+fn a_quiet_cluster_needs_nothing() {
+    let cluster = Cluster::new(
+        "node1 alive\nnode2 alive\nvm web on node1 started ha\nvm db on node2 stopped down",
+    );
+    assert!(cluster.actions().is_empty());
+    let report = cluster.plan().report;
+    assert_eq!(report[&name("web")].to_string(), "runs on node1");
+    assert_eq!(report[&name("db")].to_string(), "stopped, as asked; its files belong to node2");
+}
+
+#[test]
+fn a_silent_node_is_waited_for() {
+    let cluster = Cluster::new("node1 unknown\nnode2 alive\nvm web on node1 started ha");
+    assert!(cluster.actions().is_empty());
+    let why = cluster.plan().report[&name("web")].to_string();
+    assert_eq!(why, "its owner node1 is unknown; starts elsewhere once that node is fenced");
+}
+
+#[test]
+fn a_dead_node_is_fenced_first_and_nothing_is_started_in_the_same_plan() {
+    let cluster = Cluster::new(
+        "node1 dead\nnode2 alive\nnode3 alive
+         vm a on node1 started ha
+         vm b on node1 migrating->node2 ha
+         vm c on node1 stopping ha down
+         vm d on node1 stopped ha down
+         vm e on node1 recovering ha
+         vm f on node1 starting ha
+         vm non-ha on node1 started
+         vm elsewhere on node2 started ha",
+    );
+    assert_eq!(
+        cluster.actions(),
+        ["fence node1 r0 [a g3 r40 recovering, b g3 r40 recovering, c g3 r40 stopped, \
+          d g3 r40 stopped, e g3 r40 recovering, f g3 r40 recovering]"]
+    );
+    assert_eq!(cluster.plan().nodes[&name("node1")], NodeState::Fencing);
+}
+
+#[test]
+fn vms_of_a_fenced_node_spread_over_the_least_loaded() {
+    let cluster = Cluster::new(
+        "node1 dead fenced\nnode2 alive\nnode3 alive
+         vm a on node1 recovering ha
+         vm b on node1 recovering ha
+         vm c on node1 recovering ha
+         vm old on node2 started",
+    );
+    assert_eq!(
+        cluster.actions(),
+        ["start a g3 r40 on node3", "start b g3 r40 on node2", "start c g3 r40 on node3"]
+    );
+    let report = &cluster.plan().report[&name("a")];
+    assert_eq!(report.not_elsewhere[&name("node1")], Denied::Dead);
+}
+
+#[test]
+fn a_vm_that_was_given_to_a_node_as_it_was_fenced_is_taken_from_it_again() {
+    let cluster = Cluster::new("node1 dead fenced\nnode2 alive\nvm a on node1 starting ha");
+    assert_eq!(cluster.actions(), ["fence node1 r77 [a g3 r40 recovering]"]);
+    // The node answers again but has not cleaned up: still nothing may rest on it.
+    let cluster = Cluster::new("node1 alive fenced\nnode2 alive\nvm a on node1 starting ha");
+    assert_eq!(cluster.actions(), ["fence node1 r77 [a g3 r40 recovering]"]);
+}
+
+#[test]
+fn who_does_not_lead_plans_nothing() {
+    let cluster = Cluster::new("node1 following\nnode2 following\nvm a on node1 recovering ha");
+    assert!(cluster.actions().is_empty());
+}
+
+#[test]
+fn unplaceable_until_a_node_has_room() {
+    let mut cluster = Cluster::new(
+        "node1 dead fenced\nnode2 alive 300MiB\nnode3 unknown
+         vm big on node1 recovering ha 512MiB",
+    );
+    let message = "no node can take the VM: node1: the node is dead; \
+                   node2: the node has not enough free memory; node3: the node does not answer";
+    assert_eq!(cluster.actions(), [format!("unplaceable big g3 r40: {message}")]);
+    // Once said, it is not said again, but it is tried again.
+    let vm = cluster.state.vms.get_mut(&name("big")).unwrap();
+    vm.placement.phase = common::phase("unplaceable");
+    vm.placement.message = Some(message.to_owned());
+    assert!(cluster.actions().is_empty());
+    cluster.add("node3 alive");
+    assert_eq!(cluster.actions(), ["start big g3 r40 on node3"]);
+}
+
+#[test]
+fn a_failed_start_is_tried_elsewhere_then_given_up() {
+    let cluster = |failed: u32| {
+        Cluster::new(&format!(
+            "node1 alive\nnode2 alive\nvm old on node2 started 512MiB
+             vm a on node1 recovering ha failed={failed}"
+        ))
+        .actions()
+    };
+    assert_eq!(cluster(0), ["start a g3 r40 on node1"]);
+    assert_eq!(cluster(1), ["start a g3 r40 on node2"]);
+    assert_eq!(cluster(2), ["start a g3 r40 on node2"]);
+    assert_eq!(
+        cluster(3),
+        ["error a g3 r40: 3 starts failed, the last: no such kernel. Mend that, then \
+          `clusterctl vm start a`"]
+    );
+    // With nowhere else to go, the same node is tried again.
+    let alone = Cluster::new("node1 alive\nvm a on node1 recovering ha failed=1");
+    assert_eq!(alone.actions(), ["start a g3 r40 on node1"]);
+}
+
+#[test]
+fn a_vm_on_local_storage_waits_for_its_node() {
+    let cluster = Cluster::new("node1 dead fenced\nnode2 alive\nvm a on node1 recovering ha local");
+    assert_eq!(
+        cluster.actions(),
+        ["unplaceable a g3 r40: no node can take the VM: node1: the node is dead; node2: the VM \
+          uses a local storage pool; only VMs on shared pools can move"]
+    );
+}
+
+#[test]
+fn a_drain_moves_so_many_at_once() {
+    let mut cluster = Cluster::new(
+        "node1 alive drained\nnode2 alive\nnode3 alive
+         vm a on node1 started ha
+         vm b on node1 started
+         vm c on node1 started
+         vm local on node1 started local
+         vm off on node1 stopped down
+         vm soon on node1 starting
+         vm other on node2 started",
+    );
+    assert_eq!(
+        cluster.actions(),
+        [
+            "migrate a g3 r40 node1 -> node3",
+            "migrate b g3 r40 node1 -> node2",
+            "reassign off g3 r40 to node3"
+        ]
+    );
+    let report = cluster.plan().report;
+    assert_eq!(report[&name("c")].why, "leaves node1 when fewer migrations are under way");
+    assert_eq!(report[&name("local")].not_elsewhere[&name("node2")], Denied::NotShared);
+    assert_eq!(report[&name("soon")].why, "node1 is starting it");
+    // A migration under way takes one of the two places.
+    cluster.add("vm a on node1 migrating->node3 ha");
+    assert_eq!(
+        cluster.actions(),
+        ["migrate b g3 r40 node1 -> node2", "reassign off g3 r40 to node3"]
+    );
+}
+
+#[test]
+fn a_failed_migration_of_a_drain_backs_off() {
+    let mut cluster = Cluster::new("node1 alive drained\nnode2 alive\nvm a on node1 started");
+    let attempts = Attempts { failures: 2, last_ms: 1_000 };
+    cluster.observations.failed_migrations.insert(name("a"), attempts);
+    cluster.now_ms = 10_999;
+    assert!(cluster.actions().is_empty());
+    cluster.now_ms = 11_000;
+    assert_eq!(cluster.actions(), ["migrate a g3 r40 node1 -> node2"]);
+}
+
+#[test]
+fn nothing_is_drained_to_a_node_that_is_drained_dead_or_full() {
+    let cluster = Cluster::new(
+        "node1 alive drained\nnode2 alive drained\nnode3 dead fenced\nnode4 unknown\n\
+         node5 alive 255MiB\nvm a on node1 started",
+    );
+    assert!(cluster.actions().is_empty());
+    let plan = cluster.plan();
+    let denied: Vec<_> = plan.report[&name("a")].not_elsewhere.values().copied().collect();
+    use Denied::{AlreadyThere, Dead, Draining, Full, Unknown};
+    assert_eq!(denied, [AlreadyThere, Draining, Dead, Unknown, Full]);
+}
+
+#[test]
+fn targets_that_people_name_are_checked() {
+    let cluster = Cluster::new(
+        "node1 alive\nnode2 alive\nnode3 alive drained\nnode4 dead\nnode5 unknown\n\
+         node6 alive 200MiB\nvm a on node1 started\nvm local on node1 started local",
+    );
+    let check = |vm: &str, node: &str| {
+        let vm = &cluster.state.vms[&name(vm)];
+        check_target(&cluster.state, &cluster.observations, vm, common::id(node))
+    };
+    assert_eq!(check("a", "node1"), Err(Denied::AlreadyThere));
+    assert_eq!(check("a", "node2"), Ok(()));
+    assert_eq!(check("a", "node3"), Err(Denied::Draining));
+    assert_eq!(check("a", "node4"), Err(Denied::Dead));
+    assert_eq!(check("a", "node5"), Err(Denied::Unknown));
+    assert_eq!(check("a", "node6"), Err(Denied::Full));
+    assert_eq!(check("a", "node9"), Err(Denied::NoSuchNode));
+    assert_eq!(check("local", "node2"), Err(Denied::NotShared));
+}
+
+#[test]
+fn new_vms_go_to_the_least_loaded_then_by_name() {
+    let mut cluster = Cluster::new("node1 alive\nnode2 alive\nnode3 alive 2048MiB");
+    let place = |cluster: &Cluster, mib: u64, leaving: Option<&str>| {
+        let leaving = leaving.map(common::id);
+        place(&cluster.state, &cluster.observations, mib * common::MIB, leaving)
+            .map(|node| node.0)
+            .map_err(|no_place| no_place.to_string())
+    };
+    assert_eq!(place(&cluster, 256, None), Ok(3), "the share of memory decides");
+    cluster.add("vm a on node3 started 1024MiB");
+    assert_eq!(place(&cluster, 256, None), Ok(1), "then the name");
+    assert_eq!(place(&cluster, 256, Some("node1")), Ok(2));
+    let full = place(&cluster, 4096, None).unwrap_err();
+    assert!(full.contains("node3: the node has not enough free memory"), "{full}");
+    assert!(place(&cluster, u64::MAX / common::MIB, None).is_err());
+}
