@@ -1,0 +1,464 @@
+//! The daemon: opens the data folder, serves the local socket at once, and becomes a member when
+//! the folder says so, or when `cluster init` or `join` makes it one. No restart is needed.
+//!
+//! ```text
+//!   open ─┬─ Fresh ──── init / join ──┐
+//!         └─ Member ──────────────────┴─► member: adopt VM processes, listeners, loops
+//! ```
+//!
+//! Invariants: VM processes are adopted before anything is started; a graceful end leaves them
+//! running; a member that can take no part any more ends its HA VMs before the agent ends.
+
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use cluster::{Cluster, ClusterConfig, Opened, RaftTimings, Uninitialized};
+use ha_manager::Timing;
+use proto::Name;
+use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex, Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use crate::api::{self, Api, Former};
+use crate::config::{Config, Watchdog as WatchdogChoice};
+use crate::ha::Leader;
+use crate::jobs::Jobs;
+use crate::lease::{self, Lease};
+use crate::node::{Hardware, Node, Slot};
+use crate::store::{Board, Store};
+use crate::supervisor::{Supervisor, SupervisorConfig};
+use crate::task::TaskStore;
+use crate::watchdog::Watchdog;
+use crate::{ha, hardware, reconcile, telemetry};
+
+/// How long the agent waits for its listeners and threads when it ends.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// The agent, member or not.
+#[derive(Debug)]
+pub struct Agent {
+    config: Arc<Config>,
+    slot: Slot,
+    /// The data folder as long as it belongs to no cluster.
+    fresh: Mutex<Option<Uninitialized>>,
+    stop: CancellationToken,
+    /// Why a member cannot go on.
+    failure: mpsc::UnboundedSender<String>,
+    threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
+    /// Locked until the agent has ended: another one would adopt, and end, this one's VMs.
+    run_folder: std::sync::Mutex<Option<File>>,
+    /// Opened before the database where an earlier agent's lease allows it, see `lease`.
+    early_watchdog: std::sync::Mutex<Option<Watchdog>>,
+}
+
+/// The two listeners of a member, bound before it becomes one.
+struct Listeners {
+    api: TcpListener,
+    enrol: TcpListener,
+}
+
+/// Runs the agent until SIGTERM or SIGINT, which leave the VMs running.
+///
+/// # Errors
+/// What keeps it from starting, or going on.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    let (agent, mut failures) = Agent::start(config, stop.clone()).await?;
+    telemetry::notify_ready();
+    let failure = tokio::select! {
+        signal = terminated() => {
+            tracing::info!("{signal}: ending; the VMs run on");
+            None
+        }
+        failure = failures.recv() => failure,
+    };
+    telemetry::notify_stopping();
+    agent.end().await;
+    match failure {
+        None => Ok(()),
+        Some(why) => anyhow::bail!("{why}"),
+    }
+}
+
+async fn terminated() -> &'static str {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = int.recv() => "SIGINT",
+    }
+}
+
+impl Agent {
+    /// Starts the agent: the local socket, and everything else where it is a member.
+    ///
+    /// # Errors
+    /// The data folder, the socket, a port.
+    pub async fn start(
+        config: Config,
+        stop: CancellationToken,
+    ) -> anyhow::Result<(Arc<Self>, mpsc::UnboundedReceiver<String>)> {
+        let config = Arc::new(config);
+        let run_folder = std::sync::Mutex::new(Some(lock_run_folder(&config.run_dir)?));
+        let timing = Timing::new(config.timing.lease_ms)?;
+        // The way to a lease of its own may be longer than the watchdog's patience.
+        let may_pet = || lease::may_still_pet(&config.run_dir, timing);
+        let early_watchdog = if may_pet() { open_watchdog(&config, timing) } else { None };
+        let opened = cluster::open(cluster_config(&config)).await?;
+        if let Some(watchdog) = early_watchdog.as_ref().filter(|_| may_pet()) {
+            watchdog.pet()?;
+        }
+        let socket = api::bind_local(&config.socket_path()).await?;
+        let (failure, failures) = mpsc::unbounded_channel();
+        let (fresh, member) = match opened {
+            Opened::Fresh(fresh) => (Some(fresh), None),
+            Opened::Member(cluster) => (None, Some(cluster)),
+        };
+        let agent = Arc::new(Self {
+            config,
+            slot: Arc::new(ArcSwapOption::empty()),
+            fresh: Mutex::new(fresh),
+            stop,
+            failure,
+            threads: std::sync::Mutex::default(),
+            run_folder,
+            early_watchdog: std::sync::Mutex::new(early_watchdog),
+        });
+        if let Some(cluster) = member {
+            let listeners = agent.bind().await?;
+            agent.become_member(cluster, listeners).await?;
+        } else {
+            tracing::info!(
+                "this node belongs to no cluster yet; run `clusterctl cluster init` or `join`"
+            );
+        }
+        let api = Api::new(agent.slot.clone());
+        let serve = api::serve_local(api, Arc::new(agent.clone()), socket, agent.stop.clone());
+        agent.watch("the local socket", serve);
+        Ok((agent, failures))
+    }
+
+    /// The node, once it is a member.
+    #[must_use]
+    pub fn node(&self) -> Option<Arc<Node>> {
+        self.slot.load_full()
+    }
+
+    /// Runs a server; its failure ends the agent.
+    fn watch<E: std::fmt::Display>(
+        &self,
+        what: &'static str,
+        serve: impl Future<Output = Result<(), E>> + Send + 'static,
+    ) {
+        let (failure, stop) = (self.failure.clone(), self.stop.clone());
+        tokio::spawn(async move {
+            if let Err(error) = serve.await
+                && !stop.is_cancelled()
+            {
+                // Nobody listens any more where the agent is ending.
+                drop(failure.send(format!("{what} failed: {error}")));
+            }
+        });
+    }
+
+    async fn bind(&self) -> anyhow::Result<Listeners> {
+        let bind = |what, address| async move {
+            TcpListener::bind(address).await.map_err(|error| {
+                anyhow::anyhow!("cannot listen on {address} ({what}): {error}; choose another in the configuration")
+            })
+        };
+        Ok(Listeners {
+            api: bind("listen", self.config.listen).await?,
+            enrol: bind("enrol_listen", self.config.enrol_listen).await?,
+        })
+    }
+
+    async fn become_member(
+        self: &Arc<Self>,
+        cluster: Cluster,
+        listeners: Listeners,
+    ) -> anyhow::Result<()> {
+        let config = self.config.clone();
+        let timing = Timing::new(config.timing.lease_ms)?;
+        let id = cluster.node_id();
+        let name: Name = cluster.node_name().parse()?;
+        let (supervisor, exits) = Supervisor::new(supervisor_config(&config))?;
+        let adopted = supervisor.adopt_all().await?;
+        tracing::info!(node = %name, id = %id, adopted = adopted.len(), "member of `{}`", cluster.cluster_name());
+        let watchdog = self.watchdog(&supervisor, timing);
+        let tasks = TaskStore::open(id, name.clone(), config.data_dir.join("tasks"))?;
+        let node = Arc::new(Node {
+            id,
+            name,
+            store: Store::new(cluster.clone()),
+            board: Board::default(),
+            supervisor,
+            tasks,
+            lease: Lease::new(timing),
+            leader: Leader::new(id, timing),
+            jobs: Jobs::default(),
+            kick: Notify::new(),
+            hardware: look_at_hardware(&config, watchdog.as_ref()),
+            config,
+        });
+        let api = Api::new(self.slot.clone());
+        self.slot.store(Some(node.clone()));
+        let stop = &self.stop;
+        let members = api::serve_members(api, node.clone(), listeners.api, stop.clone());
+        self.watch("the api port", members);
+        let enrolment = api::serve_enrolment(node.clone(), listeners.enrol, stop.clone());
+        self.watch("the enrolment port", enrolment);
+        self.background({
+            let node = node.clone();
+            async move { node.board.follow(&node.store).await }
+        });
+        self.background(reconcile::run(node.clone(), exits));
+        self.background(ha::run(node.clone()));
+        self.background(keep_record(node.clone()));
+        self.background(self.clone().watch_member(node.clone(), cluster));
+        let thread = lease::spawn(node, watchdog, stop.clone())?;
+        self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// The watchdog: opened early, or now. To open it is to pet it, and HA VMs that were adopted
+    /// without a lease that allows this must not outlive the moment it would have fired.
+    fn watchdog(&self, supervisor: &Supervisor, timing: Timing) -> Option<Watchdog> {
+        let early = self.early_watchdog.lock();
+        let early = early.unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let may_pet = lease::may_still_pet(&self.config.run_dir, timing);
+        if let Some(watchdog) = early {
+            if may_pet && let Err(error) = watchdog.pet() {
+                tracing::error!("cannot pet the watchdog: {error}");
+            }
+            return Some(watchdog);
+        }
+        if !may_pet && supervisor.ha_count() > 0 && self.config.watchdog != WatchdogChoice::None {
+            tracing::warn!("ending the HA VMs of an earlier agent: its lease is too old to go on");
+            supervisor.kill_all_ha();
+        }
+        open_watchdog(&self.config, timing)
+    }
+
+    fn background(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = work => {}
+            }
+        });
+    }
+
+    /// Ends the agent when its member cannot go on: removed, or its database broken.
+    async fn watch_member(self: Arc<Self>, node: Arc<Node>, cluster: Cluster) {
+        let error = cluster.failed().await;
+        let ended = node.supervisor.kill_all_ha();
+        tracing::error!(ha_vms_ended = ended.len(), "{error}");
+        drop(self.failure.send(error.to_string()));
+    }
+
+    /// Ends the agent and leaves the VMs running.
+    pub async fn end(&self) {
+        self.stop.cancel();
+        if let Some(node) = self.slot.swap(None) {
+            let shutdown = node.cluster().shutdown();
+            if tokio::time::timeout(END_LIMIT, shutdown).await.is_err() {
+                tracing::warn!("the database is still busy; ending all the same");
+            }
+        }
+        let threads = {
+            let mut threads =
+                self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            std::mem::take(&mut *threads)
+        };
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                // A panic there was reported when it happened.
+                drop(thread.join());
+            }
+        });
+        drop(tokio::time::timeout(END_LIMIT, joined).await);
+        drop(std::fs::remove_file(self.config.socket_path()));
+        self.run_folder.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    }
+
+    fn internal(error: &anyhow::Error) -> Status {
+        Status::failed_precondition(format!("{error:#}"))
+    }
+}
+
+#[tonic::async_trait]
+impl Former for Arc<Agent> {
+    async fn init(&self, request: InitRequest) -> Result<InitResponse, Status> {
+        self.as_ref().form_init(self, request).await
+    }
+
+    async fn join(&self, request: JoinRequest) -> Result<JoinResponse, Status> {
+        self.as_ref().form_join(self, request).await
+    }
+}
+
+impl Agent {
+    fn already(&self) -> Status {
+        let cluster = self.node().map(|node| node.cluster().cluster_name().to_owned());
+        Status::already_exists(format!(
+            "this node already belongs to the cluster `{}`",
+            cluster.unwrap_or_default()
+        ))
+    }
+
+    fn node_name(&self, wanted: &str) -> Result<String, Status> {
+        if !wanted.is_empty() {
+            return Ok(wanted.to_owned());
+        }
+        let name = self.config.default_node_name();
+        Ok(name.map_err(|error| Status::invalid_argument(error.to_string()))?.to_string())
+    }
+
+    async fn form_init(
+        &self,
+        this: &Arc<Self>,
+        request: InitRequest,
+    ) -> Result<InitResponse, Status> {
+        let mut fresh = self.fresh.lock().await;
+        let Some(folder) = fresh.as_ref() else { return Err(self.already()) };
+        let node_name = self.node_name(&request.node_name)?;
+        let listeners = self.bind().await.map_err(|error| Self::internal(&error))?;
+        let made = folder.init(&request.cluster_name, &node_name).await;
+        let cluster = made.map_err(|error| api::init_status(&error))?;
+        *fresh = None;
+        let answer = InitResponse {
+            cluster_id: cluster.cluster_id().to_string(),
+            node_id: cluster.node_id().0,
+            ca_fingerprint: cluster.ca_fingerprint().to_string(),
+        };
+        let member = this.become_member(cluster, listeners).await;
+        member.map_err(|error| Self::internal(&error))?;
+        Ok(answer)
+    }
+
+    async fn form_join(
+        &self,
+        this: &Arc<Self>,
+        request: JoinRequest,
+    ) -> Result<JoinResponse, Status> {
+        let mut fresh = self.fresh.lock().await;
+        let Some(folder) = fresh.as_ref() else { return Err(self.already()) };
+        let node_name = self.node_name(&request.node_name)?;
+        let listeners = self.bind().await.map_err(|error| Self::internal(&error))?;
+        let joined = folder.join(&request.token, &node_name).await;
+        let cluster = joined.map_err(|error| api::join_status(&error))?;
+        *fresh = None;
+        let answer = JoinResponse {
+            cluster_id: cluster.cluster_id().to_string(),
+            node_id: cluster.node_id().0,
+        };
+        let member = this.become_member(cluster, listeners).await;
+        member.map_err(|error| Self::internal(&error))?;
+        Ok(answer)
+    }
+}
+
+/// One agent for each run folder: the VM processes in it are its own.
+fn lock_run_folder(folder: &Path) -> anyhow::Result<File> {
+    use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+    let failed = |error: std::io::Error| {
+        anyhow::anyhow!("cannot use the run folder {}: {error}", folder.display())
+    };
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(folder).map_err(failed)?;
+    let mut options = File::options();
+    let file = options.write(true).create(true).truncate(false).mode(0o600);
+    let file = file.open(folder.join("lock")).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => anyhow::bail!(
+            "the run folder {} belongs to another node-agent that is running: give each agent a run folder of its own",
+            folder.display()
+        ),
+        Err(TryLockError::Error(error)) => Err(failed(error)),
+    }
+}
+
+fn cluster_config(config: &Config) -> ClusterConfig {
+    let timing = &config.timing;
+    let (api, enrol) = (config.advertised_api(), config.advertised_enrol());
+    ClusterConfig {
+        timings: RaftTimings {
+            heartbeat_ms: timing.raft_heartbeat_ms,
+            election_min_ms: timing.election_min_ms,
+            election_max_ms: timing.election_max_ms,
+        },
+        request_timeout: Duration::from_millis(timing.quorum_wait_ms),
+        ..ClusterConfig::new(config.data_dir.clone(), api, enrol)
+    }
+}
+
+fn supervisor_config(config: &Config) -> SupervisorConfig {
+    let root = nix::unistd::geteuid().is_root();
+    let defaults = SupervisorConfig::new(&config.run_dir);
+    SupervisorConfig {
+        binary: config.vm_program.clone().unwrap_or_else(|| defaults.binary.clone()),
+        uid_base: root.then_some(config.uid_base),
+        reserve_memory_bytes: config.reserve_memory_mib << 20,
+        ..defaults
+    }
+}
+
+fn open_watchdog(config: &Config, timing: Timing) -> Option<Watchdog> {
+    let device = match &config.watchdog {
+        WatchdogChoice::None => return None,
+        WatchdogChoice::Auto => None,
+        WatchdogChoice::Device(path) => Some(path.as_path()),
+    };
+    match Watchdog::open(device, Duration::from_secs(timing.watchdog_timeout_s())) {
+        Ok(watchdog) => {
+            tracing::info!(
+                "the watchdog `{}` resets this node {} s after the last sign of life",
+                watchdog.identity(),
+                watchdog.timeout().as_secs()
+            );
+            Some(watchdog)
+        }
+        Err(error) => {
+            tracing::warn!("{error}; HA VMs are guarded by the lease alone");
+            None
+        }
+    }
+}
+
+fn look_at_hardware(config: &Config, watchdog: Option<&Watchdog>) -> Hardware {
+    let reserve = config.reserve_memory_mib << 20;
+    Hardware {
+        cpus: hardware::cpus(),
+        memory_bytes: hardware::memory_total_bytes().saturating_sub(reserve),
+        watchdog: watchdog.map(Watchdog::identity).unwrap_or_default(),
+        kvm: hardware::kvm(),
+        cpuid: hardware::cpuid(),
+    }
+}
+
+/// Writes this node's record when it comes up, and again whenever it is not as it should be.
+async fn keep_record(node: Arc<Node>) {
+    loop {
+        let written =
+            node.store.update_node(node.id, |present| Some(node.record(present.as_ref())));
+        let wait = match written.await {
+            Ok(_) => Duration::from_secs(30),
+            Err(error) => {
+                tracing::debug!("this node's record: {error}");
+                Duration::from_millis(500)
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+}

@@ -1,0 +1,190 @@
+//! `Config`: the key-value store itself, for people and tools. Records and documents that have a
+//! service of their own are read here, and written there.
+
+use cluster::{Consistency, KeyValue, Txn, TxnOutcome, WatchError, WatchEvent};
+use futures::StreamExt as _;
+use proto::v1::config_server::Config;
+use proto::v1::{self, watch_event, write_op};
+use proto::{Revision, keys};
+use tonic::{Request, Response, Status};
+
+use super::forward::Caller;
+use super::{Answers, Api};
+use crate::store::store_status;
+
+/// What is written through other services, with what to use instead.
+const GUARDED: [(&str, &str); 2] = [
+    ("status/", "the system writes it, nobody else"),
+    (keys::VMS, "use `clusterctl vm create`, `vm set` and `vm delete`"),
+];
+
+fn consistency(wanted: i32) -> Consistency {
+    match v1::Consistency::try_from(wanted) {
+        Ok(v1::Consistency::Stale) => Consistency::Stale,
+        Ok(v1::Consistency::Linearizable) | Err(_) => Consistency::Linearizable,
+    }
+}
+
+fn check_read(key: &str) -> Result<(), Status> {
+    // A prefix that is shorter than `priv/` would cover it: the store leaves those keys out.
+    if key.starts_with(keys::PRIV) {
+        return Err(Status::permission_denied(format!("`{key}` is for the agents alone")));
+    }
+    Ok(())
+}
+
+fn check_write(key: &str) -> Result<(), Status> {
+    check_read(key)?;
+    for (prefix, instead) in GUARDED {
+        if key.starts_with(prefix) {
+            return Err(Status::permission_denied(format!(
+                "`{key}` cannot be set here: {instead}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn visible(kv: &KeyValue) -> bool {
+    !kv.key.starts_with(keys::PRIV)
+}
+
+fn txn(request: v1::TxnRequest) -> Result<Txn, Status> {
+    let mut txn = Txn::new();
+    for compare in request.compares {
+        check_read(&compare.key)?;
+        txn = txn.if_revision(compare.key, Revision(compare.mod_revision));
+    }
+    for write in request.writes {
+        txn = match write.op {
+            Some(write_op::Op::Put(put)) => {
+                check_write(&put.key)?;
+                txn.put(put.key, put.value)
+            }
+            Some(write_op::Op::Delete(delete)) => {
+                check_write(&delete.key)?;
+                txn.delete(delete.key)
+            }
+            None => return Err(Status::invalid_argument("a write without an operation")),
+        };
+    }
+    if !request.client.is_empty() {
+        txn = txn.named(request.client, request.sequence);
+    }
+    Ok(txn)
+}
+
+#[tonic::async_trait]
+impl Config for Api {
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
+        Caller::of(&request)?;
+        let (node, message) = (self.node()?, request.into_inner());
+        check_read(&message.key)?;
+        let got = node.cluster().get(&message.key, consistency(message.consistency)).await;
+        let (kv, revision) = got.map_err(|error| store_status(&error))?;
+        Ok(Response::new(v1::GetResponse { kv: kv.map(Into::into), revision: revision.0 }))
+    }
+
+    async fn range(
+        &self,
+        request: Request<v1::RangeRequest>,
+    ) -> Result<Response<v1::RangeResponse>, Status> {
+        Caller::of(&request)?;
+        let (node, message) = (self.node()?, request.into_inner());
+        check_read(&message.prefix)?;
+        let limit = usize::try_from(message.limit).unwrap_or(usize::MAX);
+        let consistency = consistency(message.consistency);
+        let got = node.cluster().range(&message.prefix, &message.after, limit, consistency).await;
+        let range = got.map_err(|error| store_status(&error))?;
+        Ok(Response::new(v1::RangeResponse {
+            kvs: range.kvs.into_iter().filter(visible).map(Into::into).collect(),
+            revision: range.revision.0,
+            more: range.more,
+        }))
+    }
+
+    async fn txn(
+        &self,
+        request: Request<v1::TxnRequest>,
+    ) -> Result<Response<v1::TxnResponse>, Status> {
+        Caller::of(&request)?;
+        let node = self.node()?;
+        let txn = txn(request.into_inner())?;
+        let outcome = node.cluster().txn(txn).await.map_err(|error| store_status(&error))?;
+        let revision = outcome.revision().0;
+        Ok(Response::new(match outcome {
+            TxnOutcome::Committed { .. } => {
+                v1::TxnResponse { succeeded: true, revision, conflicts: Vec::new() }
+            }
+            TxnOutcome::Conflict { conflicts, .. } => v1::TxnResponse {
+                succeeded: false,
+                revision,
+                conflicts: conflicts.into_iter().filter(visible).map(Into::into).collect(),
+            },
+        }))
+    }
+
+    type WatchStream = Answers<v1::WatchResponse>;
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Caller::of(&request)?;
+        let (node, message) = (self.node()?, request.into_inner());
+        check_read(&message.prefix)?;
+        let from = Revision(message.from_revision);
+        let watch = node.cluster().watch(&message.prefix, from).map_err(|e| watch_status(&e))?;
+        let responses = watch.map(|batch| {
+            let batch = batch.map_err(|error| watch_status(&error))?;
+            let revision = batch.revision.0;
+            let events = batch.events.into_iter().filter_map(|event| event_of(event, revision));
+            Ok(v1::WatchResponse { revision, events: events.collect() })
+        });
+        Ok(Response::new(responses.boxed()))
+    }
+}
+
+fn event_of(event: WatchEvent, revision: u64) -> Option<v1::WatchEvent> {
+    let event = match event {
+        WatchEvent::Put(kv) if visible(&kv) => watch_event::Event::Put(kv.into()),
+        WatchEvent::Deleted { key } if !key.starts_with(keys::PRIV) => {
+            watch_event::Event::Deleted(v1::Deleted { key, revision })
+        }
+        WatchEvent::Put(_) | WatchEvent::Deleted { .. } => return None,
+    };
+    Some(v1::WatchEvent { event: Some(event) })
+}
+
+fn watch_status(error: &WatchError) -> Status {
+    match error {
+        WatchError::Compacted(_) => Status::out_of_range(error.to_string()),
+        WatchError::Store(error) => store_status(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(key: &str) -> v1::TxnRequest {
+        let put = v1::Put { key: key.to_owned(), value: vec![] };
+        let writes = vec![v1::WriteOp { op: Some(write_op::Op::Put(put)) }];
+        v1::TxnRequest { writes, ..v1::TxnRequest::default() }
+    }
+
+    #[test]
+    fn status_private_and_vm_keys_are_not_written_here() {
+        for key in ["status/vms/web", "priv/ca.key", "vms/web.toml"] {
+            let code = txn(put(key)).unwrap_err().code();
+            assert_eq!(code, tonic::Code::PermissionDenied, "{key}");
+        }
+        assert!(txn(put("notes/a")).is_ok());
+        let compare = v1::Compare { key: "priv/ca.key".into(), mod_revision: 1 };
+        let peek = v1::TxnRequest { compares: vec![compare], ..v1::TxnRequest::default() };
+        assert!(txn(peek).is_err(), "a compare would tell of private keys");
+    }
+}

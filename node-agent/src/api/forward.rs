@@ -1,0 +1,133 @@
+//! Who asks, and where a request goes: any node takes any request and passes it to the node that
+//! can answer it.
+//!
+//! A forwarded request says for whom it is made and how often it was passed on. Both are believed
+//! from nodes only.
+
+use std::time::Duration;
+
+use cluster::tls::{PeerIdentity, require_any};
+use proto::NodeId;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::Channel;
+use tonic::{Request, Status};
+
+use crate::node::Node;
+
+const USER: &str = "holdfast-user";
+const HOPS: &str = "holdfast-hops";
+/// A request that was passed on this often is going round in circles: owners change.
+const HOPS_MAX: u32 = 3;
+
+/// Who asked for something, and how often it was passed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// For tasks and logs.
+    pub user: String,
+    hops: u32,
+}
+
+/// Says for whom a request to another node is made.
+pub fn set_user<T>(request: &mut Request<T>, user: &str) {
+    if let Ok(value) = MetadataValue::<Ascii>::try_from(user) {
+        request.metadata_mut().insert(USER, value);
+    }
+}
+
+impl Caller {
+    /// The caller of a request.
+    ///
+    /// # Errors
+    /// `UNAUTHENTICATED` where the connection carries no identity.
+    pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        let text = |key| request.metadata().get(key).and_then(|value| value.to_str().ok());
+        Ok(match require_any(request)? {
+            PeerIdentity::Node(id) => Self {
+                user: text(USER).map_or_else(|| format!("node {id}"), str::to_owned),
+                hops: text(HOPS).and_then(|hops| hops.parse().ok()).unwrap_or(1),
+            },
+            PeerIdentity::Client(name) => Self { user: name, hops: 0 },
+            PeerIdentity::LocalRoot => Self { user: "root".to_owned(), hops: 0 },
+        })
+    }
+
+    /// Whether another node passed this on.
+    #[must_use]
+    pub fn is_forwarded(&self) -> bool {
+        self.hops > 0
+    }
+
+    /// A request to another node on this caller's behalf.
+    ///
+    /// # Errors
+    /// `ABORTED` if it was passed on too often.
+    pub fn request<T>(&self, message: T) -> Result<Request<T>, Status> {
+        if self.hops >= HOPS_MAX {
+            return Err(Status::aborted(
+                "the request was passed from node to node without reaching its owner, which keeps \
+                 changing; try again",
+            ));
+        }
+        let mut request = Request::new(message);
+        set_user(&mut request, &self.user);
+        if let Ok(hops) = MetadataValue::<Ascii>::try_from((self.hops + 1).to_string()) {
+            request.metadata_mut().insert(HOPS, hops);
+        }
+        Ok(request)
+    }
+}
+
+/// A channel to another node.
+///
+/// # Errors
+/// `UNAVAILABLE` if it is not a member any more.
+pub fn channel(node: &Node, to: NodeId) -> Result<Channel, Status> {
+    node.cluster().peer_channel(to).map_err(|error| Status::unavailable(error.to_string()))
+}
+
+/// The leader's channel; `None` if this node leads. Waits for an election that is under way.
+///
+/// # Errors
+/// `UNAVAILABLE` if there is no leader within the configured wait: no quorum.
+pub async fn leader_channel(node: &Node) -> Result<Option<Channel>, Status> {
+    let limit = Duration::from_millis(node.config.timing.quorum_wait_ms);
+    let found = tokio::time::timeout(limit, async {
+        loop {
+            if let Some(leader) = node.cluster().leader() {
+                break leader;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    match found.await {
+        Ok(leader) if leader == node.id => Ok(None),
+        Ok(leader) => channel(node, leader).map(Some),
+        Err(_) => Err(no_quorum(node)),
+    }
+}
+
+/// What is said when the cluster cannot decide.
+#[must_use]
+pub fn no_quorum(node: &Node) -> Status {
+    let voters = node.cluster().members().iter().filter(|member| member.voter).count();
+    Status::unavailable(format!(
+        "no quorum: no leader among the {voters} voters answers node {}; the cluster accepts no \
+         changes until a majority of them is up and connected (see `clusterctl cluster status`)",
+        node.name
+    ))
+}
+
+/// What a forwarded call's transport error means to the caller.
+#[must_use]
+pub fn unreachable(node: &Node, to: NodeId, status: &Status) -> Status {
+    if status.code() == tonic::Code::Unavailable && status.message().is_empty()
+        || status.message().contains("transport error")
+        || status.message().contains("tcp connect")
+    {
+        return Status::unavailable(format!(
+            "node {} does not answer; look at `clusterctl node list`",
+            node.name_of(to)
+        ));
+    }
+    status.clone()
+}

@@ -1,0 +1,255 @@
+//! `Nodes`: what the members are and have, and maintenance.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::Consistency;
+use ha_manager::{ClusterState, NodeView};
+use proto::NodeId;
+use proto::record::{NodeRecord, Phase, Placement};
+use proto::v1::ha_client::HaClient;
+use proto::v1::nodes_client::NodesClient;
+use proto::v1::nodes_server::Nodes;
+use proto::v1::{
+    DrainNodeRequest, HaStatusRequest, ListNodesRequest, ListNodesResponse, ResumeNodeRequest,
+    ShowNodeRequest, TaskRef,
+};
+use tonic::{Request, Response, Status};
+
+use super::Api;
+use super::forward::{Caller, leader_channel};
+use crate::node::Node;
+use crate::task::{TaskContext, TaskFailure};
+
+fn unknown(name: &str) -> Status {
+    Status::not_found(format!("no node `{name}` in this cluster: see `clusterctl node list`"))
+}
+
+#[tonic::async_trait]
+impl Nodes for Api {
+    async fn list(
+        &self,
+        request: Request<ListNodesRequest>,
+    ) -> Result<Response<ListNodesResponse>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        // The leader knows the leases; without one, this node tells what it has applied.
+        if !caller.is_forwarded()
+            && let Ok(Some(channel)) = leader_channel(&node).await
+            && let Ok(answer) =
+                NodesClient::new(channel).list(caller.request(ListNodesRequest {})?).await
+        {
+            return Ok(answer);
+        }
+        Ok(Response::new(ListNodesResponse { nodes: list(&node).await? }))
+    }
+
+    async fn show(
+        &self,
+        request: Request<ShowNodeRequest>,
+    ) -> Result<Response<proto::v1::Node>, Status> {
+        let mut list = Request::new(ListNodesRequest {});
+        *list.extensions_mut() = request.extensions().clone();
+        *list.metadata_mut() = request.metadata().clone();
+        let wanted = request.into_inner().node;
+        let nodes = self.list(list).await?.into_inner().nodes;
+        let found = nodes
+            .into_iter()
+            .find(|node| node.name == wanted || node.node_id.to_string() == wanted);
+        found.map(Response::new).ok_or_else(|| unknown(&wanted))
+    }
+
+    async fn drain(&self, request: Request<DrainNodeRequest>) -> Result<Response<TaskRef>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let wanted = request.into_inner().node;
+        let id = node.find(&wanted).ok_or_else(|| unknown(&wanted))?;
+        set_maintenance(&node, id, &wanted, true).await?;
+        tracing::info!(node = %wanted, user = %caller.user, "draining");
+        let node_ = node.clone();
+        let caller_ = caller.clone();
+        let task_id = node
+            .tasks
+            .spawn("node.drain", &wanted, &caller.user, move |task| async move {
+                drain(&node_, &caller_, &task, id).await
+            })
+            .map_err(crate::vms::no_task)?;
+        Ok(Response::new(TaskRef { task_id }))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<ResumeNodeRequest>,
+    ) -> Result<Response<proto::v1::Node>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let wanted = request.get_ref().node.clone();
+        let id = node.find(&wanted).ok_or_else(|| unknown(&wanted))?;
+        set_maintenance(&node, id, &wanted, false).await?;
+        tracing::info!(node = %wanted, user = %caller.user, "resumed");
+        let mut show = Request::new(ShowNodeRequest { node: wanted });
+        *show.extensions_mut() = request.extensions().clone();
+        *show.metadata_mut() = request.metadata().clone();
+        self.show(show).await
+    }
+}
+
+async fn set_maintenance(
+    node: &Node,
+    id: NodeId,
+    name: &str,
+    maintenance: bool,
+) -> Result<(), Status> {
+    let changed = node
+        .store
+        .update_node(id, |record| record.map(|record| NodeRecord { maintenance, ..record }))
+        .await?;
+    changed.map(drop).ok_or_else(|| {
+        Status::failed_precondition(format!("node `{name}` has not come up yet: it has no record"))
+    })
+}
+
+/// All nodes as this node knows them; the leader knows the leases too.
+async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
+    let consistency = match node.store.nodes(Consistency::Linearizable).await {
+        Ok(_) => Consistency::Linearizable,
+        Err(_) => Consistency::Stale,
+    };
+    let records = node.store.nodes(consistency).await?;
+    let fenced = node.store.fenced(consistency).await?;
+    let placements = node.store.placements(consistency).await?;
+    let view = |(id, record): (&NodeId, &crate::store::Versioned<NodeRecord>)| {
+        let fenced = fenced.get(id).map(|fenced| fenced.revision);
+        (*id, NodeView { record: record.value.clone(), fenced })
+    };
+    let state = ClusterState { nodes: records.iter().map(view).collect(), vms: BTreeMap::new() };
+    let members = node.cluster().members();
+    let observations = node.leader.observations(members.iter().map(|member| member.node_id));
+    let leader = node.cluster().leader();
+    let nodes = members.into_iter().map(|member| {
+        let id = member.node_id;
+        let record = state.nodes.get(&id).map(|view| view.record.clone());
+        let owned = || placements.iter().filter(|(_, p)| p.value.owner == id);
+        let look = node.leader.look(id);
+        let told = look.report.unwrap_or_default();
+        proto::v1::Node {
+            node_id: id.0,
+            name: member.name,
+            state: state.node_state(&observations, id).word().to_owned(),
+            api_address: member.api_address,
+            cpus: record.as_ref().map_or(told.cpus, |record| record.cpus),
+            memory_bytes: record.as_ref().map_or(told.memory_bytes, |record| record.memory_bytes),
+            memory_reserved_bytes: owned()
+                .filter(|(_, p)| reserves(&p.value))
+                .map(|(_, p)| p.value.memory_bytes)
+                .sum(),
+            vms: owned().map(|(name, _)| name.to_string()).collect(),
+            lease_age_ms: look.age_ms,
+            watchdog: record.as_ref().map(|record| record.watchdog.clone()).unwrap_or_default(),
+            kvm: record.as_ref().map(|record| record.kvm.clone()).unwrap_or_default(),
+            leader: leader == Some(id),
+            version: record.as_ref().map(|record| record.version.clone()).unwrap_or_default(),
+            draining: record.is_some_and(|record| record.maintenance),
+        }
+    });
+    Ok(nodes.collect())
+}
+
+fn reserves(placement: &Placement) -> bool {
+    match placement.phase {
+        Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => true,
+        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => false,
+    }
+}
+
+/// The leader's plan moves the VMs; this watches until none is left, and says what stays and why.
+async fn drain(
+    node: &Arc<Node>,
+    caller: &Caller,
+    task: &TaskContext,
+    id: NodeId,
+) -> Result<Option<serde_json::Value>, TaskFailure> {
+    let mut before: BTreeMap<proto::Name, NodeId> = BTreeMap::new();
+    let mut told: BTreeMap<String, String> = BTreeMap::new();
+    let mut stuck_since = None;
+    let mut total = 0;
+    loop {
+        let view = node.board.view();
+        let here: BTreeMap<proto::Name, NodeId> = view
+            .placements
+            .iter()
+            .filter(|(_, p)| p.value.owner == id && reserves(&p.value))
+            .map(|(name, p)| (name.clone(), p.value.owner))
+            .collect();
+        total = total.max(here.len());
+        for name in before.keys().filter(|name| !here.contains_key(*name)) {
+            if let Some(placement) = view.placements.get(name) {
+                task.log(format!("{name} left for {}", node.name_of(placement.value.owner)));
+            }
+        }
+        let left = u64::try_from(here.len()).unwrap_or(u64::MAX);
+        let all = u64::try_from(total).unwrap_or(u64::MAX);
+        task.progress(format!("{left} of {all} VMs left"), all.saturating_sub(left), all);
+        if here.is_empty() {
+            task.log("the node is empty".to_owned());
+            return Ok(None);
+        }
+        let moving = view
+            .placements
+            .values()
+            .any(|p| p.value.owner == id && matches!(p.value.phase, Phase::Migrating { .. }));
+        if here != before || moving {
+            stuck_since = None;
+        }
+        let reasons = reasons(node, caller).await.unwrap_or_default();
+        for name in here.keys() {
+            let Some(reason) = reasons.get(name.as_str()) else { continue };
+            if told.get(name.as_str()) != Some(reason) {
+                task.log(format!("{name}: {reason}"));
+                told.insert(name.to_string(), reason.clone());
+            }
+        }
+        // VMs that cannot leave now may later: the node stays drained, the task ends with why.
+        let stuck_since = *stuck_since.get_or_insert_with(std::time::Instant::now);
+        if stuck_since.elapsed() > Duration::from_secs(30) {
+            let why: Vec<String> = here
+                .keys()
+                .map(|name| {
+                    let reason = told.get(name.as_str()).map_or("no reason is known", |r| r);
+                    format!("{name}: {reason}")
+                })
+                .collect();
+            return Err(TaskFailure::Failed(format!(
+                "{} VMs cannot leave: {}. The node stays drained and gives them away when that \
+                 changes; `clusterctl node resume` ends it",
+                why.len(),
+                why.join(" | ")
+            )));
+        }
+        before = here;
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            () = task.cancel().cancelled() => {
+                task.log("no longer waiting; the node stays drained until `node resume`".to_owned());
+                return Err(TaskFailure::Cancelled);
+            }
+        }
+    }
+}
+
+/// What the leader's last plan says about each VM.
+async fn reasons(node: &Node, caller: &Caller) -> Result<BTreeMap<String, String>, Status> {
+    let report = match leader_channel(node).await? {
+        None => {
+            let plan = node.leader.last_plan();
+            plan.report.iter().map(|(name, report)| format!("{name}: {report}")).collect()
+        }
+        Some(channel) => {
+            let request = caller.request(HaStatusRequest {})?;
+            HaClient::new(channel).status(request).await?.into_inner().report
+        }
+    };
+    let split = |line: &String| {
+        let (name, reason) = line.split_once(": ")?;
+        Some((name.to_owned(), reason.to_owned()))
+    };
+    Ok(report.iter().filter_map(split).collect())
+}

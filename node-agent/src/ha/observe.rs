@@ -1,0 +1,98 @@
+//! Reads what the plan looks at: all of `status/` as of one revision, and which VMs can move.
+
+use std::collections::BTreeMap;
+
+use cluster::Consistency;
+use ha_manager::{ClusterState, NodeView, VmView};
+use proto::record::{NodeRecord, Placement, PoolKind, PoolRecord};
+use proto::{Name, NodeId, Revision, VmSpec, keys, parse_image};
+
+use crate::node::Node;
+use crate::store::RecordError;
+
+/// The configuration as the decisions see it.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// For `ha-manager`.
+    pub state: ClusterState,
+    /// The documents, by VM.
+    pub documents: BTreeMap<Name, String>,
+    /// Storage pools.
+    pub pools: Vec<PoolRecord>,
+}
+
+/// Whether everything a VM needs is in shared pools, so that it can run on any node.
+#[must_use]
+pub fn movable(spec: &VmSpec, pools: &[PoolRecord]) -> bool {
+    let boot = [&spec.boot.kernel, &spec.boot.initrd, &spec.boot.firmware];
+    let images = boot
+        .into_iter()
+        .flatten()
+        .map(String::as_str)
+        .chain(spec.disks.iter().map(|disk| disk.image.as_str()));
+    images.into_iter().all(|image| {
+        let Ok((pool, _)) = parse_image(image) else { return false };
+        pools.iter().any(|record| record.name == pool && record.kind == PoolKind::SharedDir)
+    })
+}
+
+/// Reads it all, confirmed with a quorum.
+///
+/// # Errors
+/// [`RecordError`].
+pub async fn observe(node: &Node) -> Result<Snapshot, RecordError> {
+    observe_at(node, Consistency::Linearizable).await
+}
+
+async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, RecordError> {
+    let documents = node.cluster().range(keys::VMS, "", 0, consistency).await?;
+    let status = node.cluster().range("status/", "", 0, consistency).await?;
+    let mut fenced: BTreeMap<NodeId, Revision> = BTreeMap::new();
+    let mut records: Vec<NodeRecord> = Vec::new();
+    let mut placements: Vec<(Name, Placement, Revision)> = Vec::new();
+    let mut pools = Vec::new();
+    for kv in &status.kvs {
+        let malformed = |error: serde_json::Error| RecordError::Malformed {
+            key: kv.key.clone(),
+            why: error.to_string(),
+        };
+        if let Some(name) = kv.key.strip_prefix(keys::PLACEMENTS) {
+            let Ok(name) = name.parse() else { continue };
+            let placement = serde_json::from_slice(&kv.value).map_err(malformed)?;
+            placements.push((name, placement, kv.mod_revision));
+        } else if kv.key.starts_with(keys::NODES) {
+            records.push(serde_json::from_slice(&kv.value).map_err(malformed)?);
+        } else if let Some(id) = kv.key.strip_prefix(keys::FENCED) {
+            let Ok(id) = id.parse() else { continue };
+            fenced.insert(NodeId(id), kv.mod_revision);
+        } else if kv.key.starts_with(keys::POOLS) {
+            pools.push(serde_json::from_slice(&kv.value).map_err(malformed)?);
+        }
+    }
+    let documents: BTreeMap<Name, String> = documents
+        .kvs
+        .iter()
+        .filter_map(|kv| {
+            let name = kv.key.strip_prefix(keys::VMS)?.strip_suffix(".toml")?.parse().ok()?;
+            Some((name, String::from_utf8_lossy(&kv.value).into_owned()))
+        })
+        .collect();
+    let members: Vec<NodeId> = node.cluster().members().iter().map(|m| m.node_id).collect();
+    let nodes = records
+        .into_iter()
+        .filter(|record| members.contains(&record.node_id))
+        .map(|record| {
+            let id = record.node_id;
+            (id, NodeView { record, fenced: fenced.get(&id).copied() })
+        })
+        .collect();
+    let vms = placements
+        .into_iter()
+        .map(|(name, placement, mod_revision)| {
+            let spec = documents.get(&name).and_then(|text| VmSpec::parse(text).ok());
+            let movable = spec.is_some_and(|spec| movable(spec.get(), &pools));
+            (name, VmView { placement, mod_revision, movable })
+        })
+        .collect();
+    Ok(Snapshot { state: ClusterState { nodes, vms }, documents, pools })
+}

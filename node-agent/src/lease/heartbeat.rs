@@ -1,0 +1,195 @@
+//! The thread that keeps the lease: sends heartbeats, ends HA VMs when it runs out, pets the dog.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use cluster::{Consistency, Txn};
+use proto::keys;
+use proto::record::FencedRecord;
+use proto::v1::peer_client::PeerClient;
+use proto::v1::{HeartbeatRequest, HeartbeatResponse};
+use tokio_util::sync::CancellationToken;
+
+use super::LeaseMemory;
+use crate::node::Node;
+use crate::watchdog::Watchdog;
+
+/// How often the lease is looked at. The self-stop is late by at most this much.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What the thread works with.
+#[derive(Debug)]
+pub struct Beat {
+    node: Arc<Node>,
+    started: Instant,
+    had_lease: Arc<AtomicBool>,
+    /// Set while this node cleans up after it was fenced.
+    cleaning: Arc<AtomicBool>,
+    memory: Arc<LeaseMemory>,
+}
+
+/// Starts the thread; it ends when `stop` is cancelled. The watchdog is left armed then, unless no
+/// HA VM process exists.
+///
+/// # Errors
+/// If the thread, or the note for the next agent, cannot be made.
+pub fn spawn(
+    node: Arc<Node>,
+    watchdog: Option<Watchdog>,
+    stop: CancellationToken,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let memory = Arc::new(LeaseMemory::open(&node.config.run_dir)?);
+    std::thread::Builder::new().name("lease".to_owned()).spawn(move || {
+        let beat = Beat {
+            node,
+            started: Instant::now(),
+            had_lease: Arc::default(),
+            cleaning: Arc::default(),
+            memory,
+        };
+        runtime.block_on(beat.run(watchdog, stop));
+    })
+}
+
+impl Beat {
+    async fn run(&self, watchdog: Option<Watchdog>, stop: CancellationToken) {
+        let timing = self.node.lease.timing();
+        let beat_every = Duration::from_millis(timing.heartbeat_interval_ms());
+        let pet_every = Duration::from_millis(timing.pet_interval_ms());
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut next_beat, mut next_pet) = (Instant::now(), Instant::now());
+        let mut stopped_ha = false;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = look.tick() => {}
+            }
+            stopped_ha = self.self_stop(stopped_ha);
+            let now = Instant::now();
+            if let Some(watchdog) = &watchdog
+                && now >= next_pet
+                && self.node.lease.may_pet(self.ha_processes())
+            {
+                if let Err(error) = watchdog.pet() {
+                    tracing::error!("cannot pet the watchdog: {error}");
+                }
+                next_pet = now + pet_every;
+            }
+            if now >= next_beat {
+                next_beat = now + beat_every;
+                self.send(Duration::from_millis(timing.self_stop_ms()));
+            }
+        }
+        if let Some(watchdog) = watchdog
+            && self.ha_processes() == 0
+        {
+            watchdog.disarm();
+        }
+    }
+
+    fn ha_processes(&self) -> usize {
+        self.node.supervisor.ha_count()
+    }
+
+    /// Ends HA VMs without a fresh lease. An agent that just came up leaves the VMs it adopted to
+    /// their own deadlines, until a lease of its own would have run out.
+    fn self_stop(&self, told: bool) -> bool {
+        let lease = &self.node.lease;
+        if lease.is_fresh() {
+            return false;
+        }
+        let self_stop = Duration::from_millis(lease.timing().self_stop_ms());
+        let due = self.had_lease.load(Ordering::Relaxed) || self.started.elapsed() > self_stop;
+        if !due || self.ha_processes() == 0 {
+            return told;
+        }
+        let ended = self.node.supervisor.kill_all_ha();
+        if !told {
+            let names: Vec<String> = ended.iter().map(ToString::to_string).collect();
+            tracing::warn!(
+                "the node lease ran out ({} ms without an acknowledged heartbeat): ending HA VMs {}",
+                lease.age_ms().unwrap_or(0),
+                names.join(", ")
+            );
+        }
+        true
+    }
+
+    /// Sends one heartbeat without waiting for the answer.
+    fn send(&self, limit: Duration) {
+        let node = self.node.clone();
+        let had_lease = self.had_lease.clone();
+        let cleaning = self.cleaning.clone();
+        let memory = self.memory.clone();
+        tokio::spawn(async move {
+            let sequence = node.lease.begin_heartbeat();
+            let answer = tokio::time::timeout(limit, ask_leader(&node, sequence)).await;
+            match answer {
+                Ok(Ok(answer)) if answer.sequence != sequence => {
+                    tracing::warn!("the leader answered another heartbeat than was sent");
+                }
+                Ok(Ok(answer)) if answer.fenced => {
+                    node.lease.revoke();
+                    if !cleaning.swap(true, Ordering::AcqRel) {
+                        come_back(&node).await;
+                        cleaning.store(false, Ordering::Release);
+                    }
+                }
+                Ok(Ok(answer)) => {
+                    if let Some(deadline_ns) = node.lease.acknowledged(sequence, answer.term) {
+                        had_lease.store(true, Ordering::Relaxed);
+                        node.supervisor.renew_deadlines(deadline_ns);
+                        memory.renewed(deadline_ns);
+                    }
+                }
+                Ok(Err(status)) => tracing::debug!("heartbeat: {}", status.message()),
+                Err(_) => tracing::debug!("heartbeat: no answer within {limit:?}"),
+            }
+        });
+    }
+}
+
+async fn ask_leader(node: &Node, sequence: u64) -> Result<HeartbeatResponse, tonic::Status> {
+    let leader = node.cluster().leader();
+    let leader = leader.ok_or_else(|| tonic::Status::unavailable("no leader is known"))?;
+    let request = HeartbeatRequest { node_id: node.id.0, sequence, report: Some(node.report()) };
+    if leader == node.id {
+        return node.leader.heartbeat(node, node.id, request).await;
+    }
+    let channel = node
+        .cluster()
+        .peer_channel(leader)
+        .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+    Ok(PeerClient::new(channel).heartbeat(request).await?.into_inner())
+}
+
+/// This node was fenced: everything HA that it may still run is of an old generation. Ends it,
+/// and only when all of it is gone deletes the record, which makes the node online again.
+async fn come_back(node: &Node) {
+    tracing::warn!("this node was declared dead and fenced; ending what it still runs for HA");
+    loop {
+        node.supervisor.kill_all_ha();
+        // Those that are being started too: they are killed as soon as they are ready.
+        if node.supervisor.ha_count() == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    match delete_fenced_record(node).await {
+        Ok(()) => tracing::info!("clean again after having been fenced"),
+        Err(error) => tracing::warn!("cannot report that this node is clean again: {error}"),
+    }
+}
+
+async fn delete_fenced_record(node: &Node) -> Result<(), crate::store::RecordError> {
+    let key = keys::fenced(node.id);
+    let record = node.store.record::<FencedRecord>(&key, Consistency::Linearizable).await?;
+    if let Some(record) = record {
+        let txn = Txn::new().if_revision(key.clone(), record.revision).delete(key);
+        node.cluster().txn(txn).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! A node that belongs to a cluster: everything its services and loops share.
+//!
+//! Owns nothing but the handles. Never: decides.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use cluster::Cluster;
+use proto::record::NodeRecord;
+use proto::v1::NodeReport;
+use proto::{Name, NodeId};
+use tokio::sync::Notify;
+
+use crate::config::Config;
+use crate::ha::Leader;
+use crate::jobs::Jobs;
+use crate::lease::Lease;
+use crate::store::{Board, Store};
+use crate::supervisor::Supervisor;
+use crate::task::TaskStore;
+
+/// What the services and loops of a member share.
+#[derive(Debug)]
+pub struct Node {
+    /// The agent's configuration.
+    pub config: Arc<Config>,
+    /// This node's id for life.
+    pub id: NodeId,
+    /// The label people see.
+    pub name: Name,
+    /// Typed access to the replicated configuration.
+    pub store: Store,
+    /// The placements as this node has applied them.
+    pub board: Board,
+    /// The VM processes here.
+    pub supervisor: Supervisor,
+    /// The tasks here.
+    pub tasks: TaskStore,
+    /// The node lease.
+    pub lease: Lease,
+    /// What the leader knows, while this node leads.
+    pub leader: Leader,
+    /// Who works on which VM here.
+    pub jobs: Jobs,
+    /// Wakes the reconciler.
+    pub kick: Notify,
+    /// What this node says of itself.
+    pub hardware: Hardware,
+}
+
+/// What was found at the start of the agent.
+#[derive(Debug, Clone, Default)]
+pub struct Hardware {
+    /// Logical CPUs.
+    pub cpus: u32,
+    /// Memory for VMs, bytes.
+    pub memory_bytes: u64,
+    /// Identity of the watchdog in use; empty: none.
+    pub watchdog: String,
+    /// svm | vmx | pvm | none.
+    pub kvm: String,
+    /// What KVM can offer guests, for the cluster's baseline.
+    pub cpuid: Vec<proto::record::CpuidRecord>,
+}
+
+/// Empty until the node belongs to a cluster. Clones share it.
+pub type Slot = Arc<ArcSwapOption<Node>>;
+
+impl Node {
+    /// The member's handle.
+    #[must_use]
+    pub fn cluster(&self) -> &Cluster {
+        self.store.cluster()
+    }
+
+    /// What this node says of itself with each heartbeat.
+    #[must_use]
+    pub fn report(&self) -> NodeReport {
+        let running = self.supervisor.running();
+        NodeReport {
+            cpus: self.hardware.cpus,
+            memory_bytes: self.hardware.memory_bytes,
+            memory_free_bytes: crate::hardware::memory_available_bytes(),
+            watchdog: self.hardware.watchdog.clone(),
+            kvm: self.hardware.kvm.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            running: running
+                .into_iter()
+                .map(|vm| proto::v1::RunningVm {
+                    name: vm.name.to_string(),
+                    generation: vm.generation.0,
+                })
+                .collect(),
+            cpuid: Vec::new(),
+        }
+    }
+
+    /// This node's record as it should be, keeping what others may have set.
+    #[must_use]
+    pub fn record(&self, present: Option<&NodeRecord>) -> NodeRecord {
+        NodeRecord {
+            node_id: self.id,
+            name: self.name.clone(),
+            api_address: self.config.advertised_api(),
+            cpus: self.hardware.cpus,
+            memory_bytes: self.hardware.memory_bytes,
+            maintenance: present.is_some_and(|record| record.maintenance),
+            cpuid: self.hardware.cpuid.clone(),
+            watchdog: self.hardware.watchdog.clone(),
+            kvm: self.hardware.kvm.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// The name of a member, or its id where it has none any more.
+    #[must_use]
+    pub fn name_of(&self, node: NodeId) -> String {
+        let members = self.cluster().members();
+        members
+            .into_iter()
+            .find(|member| member.node_id == node)
+            .map_or_else(|| format!("node id {node}"), |member| member.name)
+    }
+
+    /// The id of a member by name or id.
+    #[must_use]
+    pub fn find(&self, text: &str) -> Option<NodeId> {
+        let members = self.cluster().members();
+        members
+            .iter()
+            .find(|member| member.name == text)
+            .or_else(|| members.iter().find(|member| member.node_id.to_string() == text))
+            .map(|member| member.node_id)
+    }
+}

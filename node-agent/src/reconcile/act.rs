@@ -1,0 +1,289 @@
+//! Carries out one [`Step`] for one VM, whose job the caller holds.
+
+use proto::Name;
+use proto::record::{Phase, Placement, Requested};
+
+use super::{Memory, Step, decide, launch};
+use crate::events::stamped;
+use crate::node::Node;
+use crate::store::{RecordError, Versioned};
+use crate::supervisor::{ExitReason, RunningVm, StartError, Stop, VmError};
+
+/// Why a step was not done; it is tried again.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ActError {
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Store(#[from] cluster::StoreError),
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    #[error("the placement changed meanwhile")]
+    Changed,
+}
+
+/// Reads the placement from a quorum and the process's state from itself, decides, acts.
+pub(super) async fn act(
+    node: &Node,
+    memory: &Memory,
+    vm: &Name,
+    forget_failures: bool,
+) -> Result<(), ActError> {
+    // Before the placement is read: until then nobody else is given what it says is this node's.
+    let deadline_ns = node.lease.deadline_ns();
+    let placement = node.store.placement(vm).await?;
+    let process = match node.supervisor.get(vm) {
+        Some(_) => node.supervisor.status(vm).await.ok(),
+        None => None,
+    };
+    let starting = process.is_none() && node.supervisor.is_busy(vm);
+    let value = placement.as_ref().map(|placement| &placement.value);
+    let step = decide(node.id, value, process.as_ref(), starting, node.lease.may_start());
+    let (placement, process) = (placement.as_ref(), process.as_ref());
+    let acting = Acting { node, vm, deadline_ns, placement, process };
+    match step {
+        Step::Leave if forget_failures => acting.put(|p| p.start_failures = 0).await,
+        Step::Leave => Ok(()),
+        Step::Start => acting.start().await,
+        Step::MarkStarted => acting.mark_started().await,
+        Step::MarkLost => acting.mark_lost(memory).await,
+        Step::Stop => acting.stop().await,
+        Step::MarkStopped => acting.mark_stopped().await,
+        Step::Kill => acting.kill().await,
+        Step::ResolveCommit { committed } => acting.resolve_commit(committed).await,
+        Step::RunIncoming => acting.run_incoming().await,
+        Step::SettleMigration => acting.settle_migration().await,
+    }
+}
+
+struct Acting<'a> {
+    node: &'a Node,
+    vm: &'a Name,
+    /// The lease's, from before the placement was read.
+    deadline_ns: Option<u64>,
+    placement: Option<&'a Versioned<Placement>>,
+    process: Option<&'a RunningVm>,
+}
+
+impl Acting<'_> {
+    /// Puts the placement, changed, if it is still as it was read.
+    async fn put(&self, change: impl FnOnce(&mut Placement)) -> Result<(), ActError> {
+        let Some(present) = self.placement else { return Ok(()) };
+        let mut placement = present.value.clone();
+        change(&mut placement);
+        if self.node.store.put_placement_at(self.vm, present.revision, &placement).await? {
+            Ok(())
+        } else {
+            Err(ActError::Changed)
+        }
+    }
+
+    async fn start(&self) -> Result<(), ActError> {
+        let Some(present) = self.placement else { return Ok(()) };
+        tracing::info!(vm = %self.vm, generation = %present.value.generation, "starting");
+        let made = launch::make_launch(self.node, self.vm, &present.value, self.deadline_ns).await;
+        let failure = match made {
+            Ok(launch) => match self.node.supervisor.start(launch).await {
+                Ok(_) => return self.mark_started().await,
+                // The lease went between the look and the start: when it is back.
+                Err(StartError::NoLease(_)) => return Ok(()),
+                Err(error) => error.to_string(),
+            },
+            Err(launch::LaunchError::Record(error)) => return Err(error.into()),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(vm = %self.vm, "start failed: {failure}");
+        let here = &self.node.name;
+        self.put(|placement| {
+            placement.note(stamped(&format!("start on {here} failed: {failure}")));
+            placement.message = Some(failure);
+            if placement.ha {
+                placement.start_failures = placement.start_failures.saturating_add(1);
+                placement.phase = Phase::Recovering;
+            } else {
+                placement.phase = Phase::Error;
+            }
+        })
+        .await
+    }
+
+    async fn mark_started(&self) -> Result<(), ActError> {
+        let here = &self.node.name;
+        self.put(|placement| {
+            placement.phase = Phase::Started;
+            placement.message = None;
+            placement
+                .note(stamped(&format!("started on {here}, generation {}", placement.generation)));
+        })
+        .await
+    }
+
+    /// It should run here and does not.
+    async fn mark_lost(&self, memory: &Memory) -> Result<(), ActError> {
+        let Some(present) = self.placement else { return Ok(()) };
+        let reason = memory.take_exit(self.vm, present.value.generation);
+        let here = self.node.name.clone();
+        self.put(|placement| lost(placement, reason.as_ref(), here.as_str())).await
+    }
+
+    async fn stop(&self) -> Result<(), ActError> {
+        self.node.supervisor.stop(self.vm, Stop::Graceful).await?;
+        self.mark_stopped().await
+    }
+
+    async fn mark_stopped(&self) -> Result<(), ActError> {
+        self.put(|placement| {
+            placement.phase = Phase::Stopped;
+            placement.message = None;
+            placement.note(stamped("stopped"));
+        })
+        .await
+    }
+
+    async fn kill(&self) -> Result<(), ActError> {
+        let now = self.placement.map_or_else(
+            || "the VM was deleted".to_owned(),
+            |p| {
+                format!(
+                    "the VM is {} at {}, generation {}",
+                    p.value.phase.word(),
+                    self.node.name_of(p.value.owner),
+                    p.value.generation
+                )
+            },
+        );
+        tracing::warn!(vm = %self.vm, "ending its process here: {now}");
+        self.node.supervisor.stop(self.vm, Stop::Kill).await?;
+        if self.placement.is_none() {
+            self.node.supervisor.forget(self.vm)?;
+        }
+        Ok(())
+    }
+
+    async fn resolve_commit(&self, committed: bool) -> Result<(), ActError> {
+        let Some(migration_id) = self.process.and_then(|process| process.migration_id.clone())
+        else {
+            // A source does not remember the attempt's name after an agent restart; it has one only.
+            return Ok(self.node.supervisor.resolve_commit(self.vm, "", committed).await?);
+        };
+        Ok(self.node.supervisor.resolve_commit(self.vm, &migration_id, committed).await?)
+    }
+
+    async fn run_incoming(&self) -> Result<(), ActError> {
+        let (Some(present), Some(process)) = (self.placement, self.process) else { return Ok(()) };
+        let Some(migration_id) = &process.migration_id else { return Ok(()) };
+        let deadline_ns = self.deadline_ns.filter(|_| present.value.ha);
+        let generation = present.value.generation;
+        self.node.supervisor.run_incoming(self.vm, migration_id, generation, deadline_ns).await?;
+        tracing::info!(vm = %self.vm, %generation, "the commit was read: the VM runs here");
+        Ok(())
+    }
+
+    /// An agent restart in the middle of a migration: the VM stays here.
+    async fn settle_migration(&self) -> Result<(), ActError> {
+        self.put(|placement| {
+            placement.phase = Phase::Started;
+            placement.note(stamped("the migration was interrupted; the VM runs on here"));
+        })
+        .await
+    }
+}
+
+/// What becomes of a VM whose process is gone although it should run.
+fn lost(placement: &mut Placement, reason: Option<&ExitReason>, here: &str) {
+    match reason {
+        Some(ExitReason::GuestShutdown) => {
+            placement.phase = Phase::Stopped;
+            placement.requested = Requested::Stopped;
+            placement.message = None;
+            placement.note(stamped("the guest powered off"));
+        }
+        Some(ExitReason::Failed(why)) => {
+            let why = format!("its process on {here} ended: {why}");
+            placement.note(stamped(&why));
+            if placement.ha {
+                placement.start_failures = placement.start_failures.saturating_add(1);
+                placement.phase = Phase::Recovering;
+                placement.message = Some(why);
+            } else {
+                placement.phase = Phase::Error;
+                placement.message = Some(format!("{why}; see `clusterctl vm log`, then start it"));
+            }
+        }
+        // Ended by the lease, by this agent, or while no agent looked (power loss, a reset).
+        Some(
+            ExitReason::Lease
+            | ExitReason::Killed
+            | ExitReason::Stopped
+            | ExitReason::Migrated
+            | ExitReason::IncomingAborted(_),
+        )
+        | None => {
+            let why = reason.map_or_else(|| "not running".to_owned(), ToString::to_string);
+            placement.note(stamped(&format!("{why} on {here}; it is started again")));
+            match (placement.requested, placement.ha) {
+                (Requested::Stopped, _) => placement.phase = Phase::Stopped,
+                (Requested::Started, true) => placement.phase = Phase::Recovering,
+                (Requested::Started, false) => {
+                    placement.phase = Phase::Starting;
+                    placement.generation = placement.generation.next();
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+fn placement(ha: bool) -> Placement {
+    Placement {
+        vm_id: proto::VmId(uuid::Uuid::from_u128(7)),
+        owner: proto::NodeId(1),
+        generation: proto::Generation(3),
+        phase: Phase::Started,
+        requested: Requested::Started,
+        ha,
+        cpus: 1,
+        memory_bytes: 64 << 20,
+        message: None,
+        events: Vec::new(),
+        start_failures: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(ha: bool, reason: Option<ExitReason>) -> Placement {
+        let mut placement = placement(ha);
+        lost(&mut placement, reason.as_ref(), "n1");
+        assert_eq!(placement.events.len(), 1);
+        placement
+    }
+
+    #[test]
+    fn a_guest_that_powers_off_stays_off() {
+        for ha in [true, false] {
+            let placement = after(ha, Some(ExitReason::GuestShutdown));
+            assert_eq!(placement.phase, Phase::Stopped);
+            assert_eq!(placement.requested, Requested::Stopped);
+        }
+    }
+
+    #[test]
+    fn a_crash_is_counted_for_ha_and_told_otherwise() {
+        let placement = after(true, Some(ExitReason::Failed("signal 11".into())));
+        assert_eq!((placement.phase, placement.start_failures), (Phase::Recovering, 1));
+        let placement = after(false, Some(ExitReason::Failed("signal 11".into())));
+        assert_eq!(placement.phase, Phase::Error);
+        assert!(placement.message.is_some_and(|m| m.contains("signal 11")));
+    }
+
+    #[test]
+    fn after_power_loss_the_owner_starts_it_at_a_new_generation() {
+        let placement = after(false, None);
+        assert_eq!((placement.phase, placement.generation.0), (Phase::Starting, 4));
+        let placement = after(true, Some(ExitReason::Lease));
+        assert_eq!((placement.phase, placement.start_failures), (Phase::Recovering, 0));
+    }
+}

@@ -1,0 +1,287 @@
+//! What the owner does to a VM on request: stop, shutdown, reset, pause, resume; and deletion.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::{Consistency, Txn, TxnOutcome};
+use proto::record::{DiskClaim, Phase, Placement, Requested};
+use proto::{Name, VmSpec, keys};
+use tonic::Status;
+
+use super::{no_task, unknown_vm};
+use crate::api::forward::Caller;
+use crate::events::stamped;
+use crate::node::Node;
+use crate::store::store_status;
+use crate::supervisor::{Stop, VmError};
+use crate::task::{TaskContext, TaskFailure};
+
+impl From<VmError> for TaskFailure {
+    fn from(error: VmError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<crate::store::UpdateError> for TaskFailure {
+    fn from(error: crate::store::UpdateError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// Whether a process of the VM may be there to be stopped.
+fn runs(phase: Phase) -> bool {
+    match phase {
+        Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => true,
+        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => false,
+    }
+}
+
+async fn placement(node: &Node, vm: &Name) -> Result<Placement, Status> {
+    let placement = node.store.placement(vm).await?;
+    Ok(placement.ok_or_else(|| unknown_vm(vm))?.value)
+}
+
+fn refuse_migrating(vm: &Name, phase: Phase) -> Result<(), String> {
+    match phase {
+        Phase::Migrating { .. } => {
+            Err(format!("VM `{vm}` is being migrated: cancel that task or wait for its end"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Stops a VM at once (its disks are flushed); gives the task's id. For the owner, or for anyone
+/// where the VM runs nowhere.
+///
+/// # Errors
+/// `NOT_FOUND`, `FAILED_PRECONDITION`: nothing was changed.
+pub async fn stop(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String, Status> {
+    let present = placement(node, vm).await?;
+    refuse_migrating(vm, present.phase).map_err(Status::failed_precondition)?;
+    if present.phase == Phase::Stopped && present.requested == Requested::Stopped {
+        return Err(Status::failed_precondition(format!("VM `{vm}` is not running")));
+    }
+    let (node_, vm_, user) = (node.clone(), vm.clone(), caller.user.clone());
+    node.tasks
+        .spawn("vm.stop", vm.as_str(), &caller.user, move |task| async move {
+            end(&node_, &task, &vm_, &user, Stop::Graceful).await
+        })
+        .map_err(no_task)
+}
+
+/// Presses the power button and waits for the guest; gives the task's id. For the owner.
+///
+/// # Errors
+/// `NOT_FOUND`, `FAILED_PRECONDITION`: nothing was changed.
+pub async fn shutdown(
+    node: &Arc<Node>,
+    caller: &Caller,
+    vm: &Name,
+    timeout_s: u32,
+    force: bool,
+) -> Result<String, Status> {
+    let present = placement(node, vm).await?;
+    refuse_migrating(vm, present.phase).map_err(Status::failed_precondition)?;
+    running_here(node, vm, &present)?;
+    let timeout = Duration::from_secs(match timeout_s {
+        0 => 60,
+        seconds => u64::from(seconds),
+    });
+    let (node_, vm_, user) = (node.clone(), vm.clone(), caller.user.clone());
+    node.tasks
+        .spawn("vm.shutdown", vm.as_str(), &caller.user, move |task| async move {
+            end(&node_, &task, &vm_, &user, Stop::PowerButton { timeout, force }).await
+        })
+        .map_err(no_task)
+}
+
+async fn end(
+    node: &Node,
+    task: &TaskContext,
+    vm: &Name,
+    user: &str,
+    how: Stop,
+) -> Result<Option<serde_json::Value>, TaskFailure> {
+    let job = node.jobs.begin(vm).await;
+    let changed = node
+        .store
+        .update_placement(vm, |placement| {
+            refuse_migrating(vm, placement.phase)?;
+            placement.requested = Requested::Stopped;
+            placement.note(stamped(&format!("stop asked by {user}")));
+            placement.phase = match runs(placement.phase) {
+                true => Phase::Stopping,
+                false => Phase::Stopped,
+            };
+            Ok(())
+        })
+        .await?;
+    if changed.value.phase == Phase::Stopped {
+        task.log(format!("{vm} was not running; it is not started again"));
+        return Ok(None);
+    }
+    if changed.value.owner != node.id {
+        drop(job);
+        return Err(TaskFailure::Failed(format!(
+            "VM `{vm}` moved to {} meanwhile, which stops it",
+            node.name_of(changed.value.owner)
+        )));
+    }
+    task.progress(if how == Stop::Graceful { "stopping" } else { "waiting for the guest" }, 0, 0);
+    let stopped = tokio::select! {
+        stopped = node.supervisor.stop(vm, how) => stopped.map_err(TaskFailure::from),
+        () = task.cancel().cancelled(), if how != Stop::Graceful => Err(TaskFailure::Cancelled),
+    };
+    let still_runs = stopped.is_err() && node.supervisor.get(vm).is_some();
+    node.store
+        .update_placement(vm, |placement| {
+            if placement.owner != node.id || placement.phase != Phase::Stopping {
+                return Ok(());
+            }
+            if still_runs {
+                placement.phase = Phase::Started;
+                placement.requested = Requested::Started;
+                placement.note(stamped("it runs on"));
+            } else {
+                placement.phase = Phase::Stopped;
+                placement.message = None;
+                placement.note(stamped("stopped"));
+            }
+            Ok(())
+        })
+        .await?;
+    drop(job);
+    stopped?;
+    task.log(format!("{vm} is stopped"));
+    Ok(None)
+}
+
+fn running_here(node: &Node, vm: &Name, placement: &Placement) -> Result<(), Status> {
+    if placement.owner == node.id && node.supervisor.get(vm).is_some() {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "VM `{vm}` is {}, not running{}",
+        placement.phase.word(),
+        if runs(placement.phase) { " yet" } else { ": start it first" }
+    )))
+}
+
+/// What is done to a running VM without changing its placement.
+#[derive(Debug, Clone, Copy)]
+enum Press {
+    Reset,
+    Pause,
+    Resume,
+}
+
+async fn press(
+    node: &Arc<Node>,
+    caller: &Caller,
+    vm: &Name,
+    press: Press,
+) -> Result<String, Status> {
+    let present = placement(node, vm).await?;
+    refuse_migrating(vm, present.phase).map_err(Status::failed_precondition)?;
+    running_here(node, vm, &present)?;
+    let kind = match press {
+        Press::Reset => "vm.reset",
+        Press::Pause => "vm.pause",
+        Press::Resume => "vm.resume",
+    };
+    let (node_, vm_) = (node.clone(), vm.clone());
+    node.tasks
+        .spawn(kind, vm.as_str(), &caller.user, move |task| async move {
+            let _job = node_.jobs.begin(&vm_).await;
+            match press {
+                Press::Reset => node_.supervisor.reset(&vm_).await?,
+                Press::Pause => node_.supervisor.pause(&vm_).await?,
+                Press::Resume => node_.supervisor.resume(&vm_).await?,
+            }
+            task.log(format!("{kind} of {vm_}: done"));
+            Ok(None)
+        })
+        .map_err(no_task)
+}
+
+/// Presses the reset button; for the owner. Gives the task's id.
+///
+/// # Errors
+/// `NOT_FOUND`, `FAILED_PRECONDITION`.
+pub async fn reset(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String, Status> {
+    press(node, caller, vm, Press::Reset).await
+}
+
+/// Stops the vCPUs and keeps all else; for the owner. Gives the task's id.
+///
+/// # Errors
+/// `NOT_FOUND`, `FAILED_PRECONDITION`.
+pub async fn pause(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String, Status> {
+    press(node, caller, vm, Press::Pause).await
+}
+
+/// Lets the vCPUs run again; for the owner. Gives the task's id.
+///
+/// # Errors
+/// `NOT_FOUND`, `FAILED_PRECONDITION`.
+pub async fn resume(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String, Status> {
+    press(node, caller, vm, Press::Resume).await
+}
+
+/// Deletes a VM that runs nowhere: document, placement and disk claims in one transaction. Its
+/// disk images stay. Gives the task's id.
+///
+/// # Errors
+/// `NOT_FOUND`, `FAILED_PRECONDITION`: nothing was changed.
+pub async fn delete(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String, Status> {
+    let present = placement(node, vm).await?;
+    deletable(vm, &present).map_err(Status::failed_precondition)?;
+    let (node_, vm_) = (node.clone(), vm.clone());
+    node.tasks
+        .spawn("vm.delete", vm.as_str(), &caller.user, move |task| async move {
+            remove(&node_, &vm_).await?;
+            task.log(format!(
+                "{vm_} is deleted; its disk images are kept, see `clusterctl image list`"
+            ));
+            Ok(None)
+        })
+        .map_err(no_task)
+}
+
+fn deletable(vm: &Name, placement: &Placement) -> Result<(), String> {
+    match placement.phase {
+        Phase::Stopped | Phase::Error | Phase::Unplaceable => Ok(()),
+        phase => {
+            Err(format!("VM `{vm}` is {}: stop it first (`clusterctl vm stop {vm}`)", phase.word()))
+        }
+    }
+}
+
+async fn remove(node: &Node, vm: &Name) -> Result<(), Status> {
+    for _ in 0..4 {
+        let present = node.store.placement(vm).await?.ok_or_else(|| unknown_vm(vm))?;
+        deletable(vm, &present.value).map_err(Status::failed_precondition)?;
+        let (document_key, placement_key) = (keys::vm_document(vm), keys::placement(vm));
+        let mut txn = Txn::new()
+            .if_revision(placement_key.clone(), present.revision)
+            .delete(placement_key)
+            .delete(document_key.clone());
+        if let Some(document) = node.store.document(vm, Consistency::Linearizable).await? {
+            txn = txn.if_revision(document_key, document.revision);
+            let spec = VmSpec::parse(&document.value).ok();
+            for disk in spec.iter().flat_map(|spec| spec.disks.iter()) {
+                let key = keys::disk_claim(&disk.image);
+                let claim = node.store.record::<DiskClaim>(&key, Consistency::Linearizable).await?;
+                if let Some(claim) = claim.filter(|claim| claim.value.vm_id == present.value.vm_id)
+                {
+                    txn = txn.if_revision(key.clone(), claim.revision).delete(key);
+                }
+            }
+        }
+        match node.cluster().txn(txn).await.map_err(|error| store_status(&error))? {
+            TxnOutcome::Committed { .. } => return Ok(()),
+            TxnOutcome::Conflict { .. } => {}
+        }
+    }
+    Err(Status::aborted(format!("VM `{vm}` is being changed by others; try again")))
+}
