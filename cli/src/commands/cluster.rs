@@ -1,0 +1,184 @@
+//! `clusterctl cluster`: form it, join it, see how it is.
+
+use clap::Subcommand;
+use proto::v1;
+use proto::v1::membership_client::MembershipClient;
+
+use crate::connect::Session;
+use crate::failure::{Exit, Failure};
+use crate::output::{self, or_dash, yes};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make this node the first of a new cluster
+    #[command(after_help = "Examples:\n  clusterctl cluster init --name lab")]
+    Init {
+        /// The cluster's name, for people
+        #[arg(long, default_value = "holdfast")]
+        name: String,
+        /// This node's name; as configured where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        node_name: String,
+    },
+    /// Let this node join a cluster
+    #[command(
+        after_help = "Examples:\n  clusterctl cluster join TOKEN\n  ssh node1 clusterctl cluster token create | clusterctl cluster join -"
+    )]
+    Join {
+        /// What `clusterctl cluster token create` printed on a member; `-` reads it from stdin
+        token: String,
+        /// This node's name; as configured where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        node_name: String,
+    },
+    /// Tokens for nodes that are to join
+    #[command(subcommand)]
+    Token(Token),
+    /// Members, leader, quorum
+    #[command(
+        after_help = "Examples:\n  clusterctl cluster status\n  clusterctl cluster status -o json"
+    )]
+    Status,
+    /// Remove a node that owns no VMs; drain it first
+    #[command(
+        after_help = "Examples:\n  clusterctl node drain node3 && clusterctl cluster remove node3"
+    )]
+    Remove {
+        /// The node
+        node: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Token {
+    /// Make a token that lets one node join, once
+    #[command(
+        after_help = "Examples:\n  clusterctl cluster token create\n  clusterctl cluster token create --ttl 10m"
+    )]
+    Create {
+        /// How long it is valid
+        #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
+        ttl: std::time::Duration,
+    },
+}
+
+pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
+    let mut client = MembershipClient::new(session.channel.clone());
+    let format = session.global.output;
+    match command {
+        Command::Init { name, node_name } => {
+            let request = v1::InitRequest { cluster_name: name, node_name };
+            let made = session.call("form a cluster", client.init(request)).await?;
+            output::print(format, &made, |made| {
+                output::fields([
+                    ("cluster", made.cluster_id.clone()),
+                    ("node id", made.node_id.to_string()),
+                    ("CA SHA-256", made.ca_fingerprint.clone()),
+                    ("next", "`clusterctl cluster token create`, then `clusterctl cluster join TOKEN` on the others".to_owned()),
+                ])
+            })
+        }
+        Command::Join { token, node_name } => {
+            let token = read_token(token)?;
+            let request = v1::JoinRequest { token, node_name };
+            let joined = session.call("join the cluster", client.join(request)).await?;
+            output::print(format, &joined, |joined| {
+                format!("joined cluster {} as node id {}", joined.cluster_id, joined.node_id)
+            })
+        }
+        Command::Token(Token::Create { ttl }) => {
+            let ttl_s = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX).max(1);
+            let request = v1::CreateTokenRequest { ttl_s };
+            let made = session.call("make a join token", client.create_token(request)).await?;
+            // The token alone, so that it can be piped into `cluster join -`.
+            output::print(format, &made, |made| made.token.clone())
+        }
+        Command::Status => {
+            let status = client.status(v1::ClusterStatusRequest {});
+            let status = session.call("see the cluster's status", status).await?;
+            output::print(format, &status, status_table)
+        }
+        Command::Remove { node } => {
+            let request = v1::RemoveNodeRequest { node: node.clone() };
+            let what = format!("remove node {node}");
+            let removed = session.call(&what, client.remove_node(request)).await?;
+            output::print(format, &removed, |_| format!("removed {node}"))
+        }
+    }
+}
+
+fn read_token(token: String) -> Result<String, Failure> {
+    if token != "-" {
+        return Ok(token);
+    }
+    let mut line = String::new();
+    match std::io::stdin().read_line(&mut line) {
+        Ok(_) if !line.trim().is_empty() => Ok(line.trim().to_owned()),
+        Ok(_) => Err(Failure::new(Exit::Usage, "there is no token on stdin")),
+        Err(error) => {
+            Err(Failure::new(Exit::Failed, "cannot read the token").why(error.to_string()))
+        }
+    }
+}
+
+fn status_table(status: &v1::ClusterStatus) -> String {
+    if !status.initialized {
+        return "this node belongs to no cluster yet: `clusterctl cluster init` or `clusterctl cluster join TOKEN`".to_owned();
+    }
+    let name_of = |id: u64| {
+        let mut members = status.members.iter().filter_map(|member| member.member.as_ref());
+        let found = members.find(|member| member.node_id == id);
+        found.map_or_else(|| format!("node id {id}"), |member| member.name.clone())
+    };
+    let quorum = if status.quorum {
+        format!("yes, {} more failure(s) tolerated", status.failures_tolerated)
+    } else {
+        "NO: the configuration cannot be changed, HA VMs stop; bring voters back".to_owned()
+    };
+    let head = output::fields([
+        ("cluster", format!("{} ({})", status.cluster_name, status.cluster_id)),
+        ("quorum", quorum),
+        ("leader", status.leader.map_or_else(|| "none".to_owned(), name_of)),
+        ("term", status.term.to_string()),
+        ("revision", status.revision.to_string()),
+        ("answered by", name_of(status.answered_by)),
+    ]);
+    let rows = status.members.iter().map(|status_of| {
+        let member = status_of.member.clone().unwrap_or_default();
+        let contact =
+            status_of.last_contact_ms.map(|ms| format!("{} ago", output::duration_ms(ms)));
+        [
+            member.name,
+            member.node_id.to_string(),
+            yes(member.voter),
+            or_dash(&member.api_address),
+            status_of.lag.map_or_else(|| "-".to_owned(), |lag| lag.to_string()),
+            contact.unwrap_or_else(|| "-".to_owned()),
+        ]
+    });
+    let members = output::columns(["NODE", "ID", "VOTER", "ADDRESS", "LAG", "CONTACT"], rows);
+    format!("{head}\n\n{members}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_without_quorum_cannot_be_overlooked() {
+        let member =
+            v1::Member { node_id: 1, name: "node1".into(), voter: true, ..v1::Member::default() };
+        let status = v1::ClusterStatus {
+            initialized: true,
+            cluster_name: "lab".into(),
+            cluster_id: "c1".into(),
+            answered_by: 1,
+            members: vec![v1::MemberStatus { member: Some(member), ..v1::MemberStatus::default() }],
+            ..v1::ClusterStatus::default()
+        };
+        let text = status_table(&status);
+        assert!(text.contains("quorum       NO:") && text.contains("leader       none"), "{text}");
+        assert!(text.contains("answered by  node1"), "{text}");
+        assert!(status_table(&v1::ClusterStatus::default()).contains("belongs to no cluster"));
+    }
+}

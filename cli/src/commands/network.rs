@@ -1,0 +1,56 @@
+//! `clusterctl network`: what VMs' network cards plug into.
+
+use clap::Subcommand;
+use proto::v1;
+use proto::v1::storage_client::StorageClient;
+
+use crate::connect::Session;
+use crate::failure::Failure;
+use crate::output;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// All networks
+    #[command(after_help = "Examples:\n  clusterctl network list")]
+    List,
+    /// Make a network: a bridge on every node
+    #[command(
+        after_help = "Examples:\n  clusterctl network create lan --bridge hfbr0 --uplink eth1"
+    )]
+    Create {
+        /// Its name
+        name: String,
+        /// The bridge interface; made where missing
+        #[arg(long)]
+        bridge: String,
+        /// An interface to put into a bridge that was made
+        #[arg(long, default_value = "", hide_default_value = true)]
+        uplink: String,
+    },
+}
+
+pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
+    let mut client = StorageClient::new(session.channel.clone());
+    let format = session.global.output;
+    match command {
+        Command::List => {
+            let networks = client.list_networks(v1::ListNetworksRequest {});
+            let networks = session.call("list networks", networks).await?;
+            output::print(format, &networks, |networks| table(&networks.networks))
+        }
+        Command::Create { name, bridge, uplink } => {
+            let what = format!("create network {name}");
+            let network = Some(v1::Network { name, bridge, uplink });
+            let request = v1::CreateNetworkRequest { network };
+            let network = session.call(&what, client.create_network(request)).await?;
+            output::print(format, &network, |network| table(std::slice::from_ref(network)))
+        }
+    }
+}
+
+fn table(networks: &[v1::Network]) -> String {
+    let rows = networks.iter().map(|network| {
+        [network.name.clone(), network.bridge.clone(), output::or_dash(&network.uplink)]
+    });
+    output::columns(["NETWORK", "BRIDGE", "UPLINK"], rows)
+}

@@ -1,0 +1,71 @@
+//! `clusterctl storage`: pools that images live in.
+
+use clap::{Subcommand, ValueEnum};
+use proto::v1;
+use proto::v1::storage_client::StorageClient;
+
+use crate::connect::Session;
+use crate::failure::Failure;
+use crate::output;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// All pools
+    #[command(after_help = "Examples:\n  clusterctl storage list")]
+    List,
+    /// Make a pool of a folder
+    #[command(
+        after_help = "Examples:\n  clusterctl storage create shared --kind shared-dir --path /mnt/nas/holdfast\n  clusterctl storage create local --kind local-dir --path /var/lib/holdfast/images"
+    )]
+    Create {
+        /// Its name
+        name: String,
+        /// Whether all nodes see the same files there
+        #[arg(long)]
+        kind: Kind,
+        /// The folder, the same path on every node
+        #[arg(long)]
+        path: String,
+    },
+}
+
+/// Kinds of pools.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Kind {
+    /// A folder of each node's own
+    LocalDir,
+    /// One folder that all nodes mount
+    SharedDir,
+}
+
+pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
+    let mut client = StorageClient::new(session.channel.clone());
+    let format = session.global.output;
+    match command {
+        Command::List => {
+            let pools = client.list_pools(v1::ListPoolsRequest {});
+            let pools = session.call("list storage pools", pools).await?;
+            output::print(format, &pools, |pools| table(&pools.pools))
+        }
+        Command::Create { name, kind, path } => {
+            let what = format!("create storage pool {name}");
+            let kind = match kind {
+                Kind::LocalDir => "local-dir",
+                Kind::SharedDir => "shared-dir",
+            };
+            let pool = v1::Pool { name, kind: kind.to_owned(), path, ..v1::Pool::default() };
+            let request = v1::CreatePoolRequest { pool: Some(pool) };
+            let pool = session.call(&what, client.create_pool(request)).await?;
+            output::print(format, &pool, |pool| table(std::slice::from_ref(pool)))
+        }
+    }
+}
+
+fn table(pools: &[v1::Pool]) -> String {
+    let size = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), output::size);
+    let rows = pools.iter().map(|pool| {
+        let (capacity, free) = (size(pool.capacity_bytes), size(pool.free_bytes));
+        [pool.name.clone(), pool.kind.clone(), pool.path.clone(), capacity, free]
+    });
+    output::columns(["POOL", "KIND", "PATH", "CAPACITY", "FREE"], rows)
+}

@@ -1,0 +1,182 @@
+//! The binary against a scripted agent: what it prints, and its exit codes.
+
+mod mock;
+
+use std::io::Write;
+use std::process::Stdio;
+use std::sync::atomic::Ordering;
+
+use mock::{Mock, Ran, command};
+
+#[test]
+fn a_list_as_table_json_and_yaml() {
+    let mock = Mock::start();
+    let table = mock.run(&["vm", "list"]);
+    assert_eq!(table.exit, Some(0), "{table:?}");
+    let lines: Vec<_> = table.stdout.lines().collect();
+    assert!(
+        lines[0].starts_with("VM ") && lines[1].starts_with("web ") && lines.len() == 3,
+        "{table:?}"
+    );
+    assert!(lines[1].contains("512 MiB"));
+    let json = mock.run(&["-o", "json", "vm", "list"]);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["vms"][1]["name"], "database");
+    assert_eq!(json["vms"][0]["memory_bytes"], 512 << 20);
+    let yaml = mock.run(&["vm", "list", "-o", "yaml"]);
+    let yaml: serde_json::Value = serde_yaml_ng::from_str(&yaml.stdout).unwrap();
+    assert_eq!(yaml, json);
+}
+
+#[test]
+fn refusals_have_their_exit_codes_reasons_and_remedies() {
+    let mock = Mock::start();
+    let cases: [(&[&str], i32, &str); 6] = [
+        (&["vm", "show", "nope"], 3, "there is no VM `nope`"),
+        (&["vm", "migrate", "web", "node1"], 4, "is on node1 already"),
+        (&["vm", "start", "no-quorum"], 5, "no quorum: 1 of 3 voters answers"),
+        (&["vm", "start", "broken"], 1, "kernel shared/vmlinuz is missing"),
+        (&["task", "wait", "9-9"], 3, "there is no task 9-9"),
+        (&["vm", "strat", "web"], 2, "start"),
+    ];
+    for (arguments, exit, reason) in cases {
+        let ran = mock.run(arguments);
+        assert_eq!(ran.exit, Some(exit), "{arguments:?}: {ran:?}");
+        assert!(ran.stderr.contains(reason), "{arguments:?}: {ran:?}");
+        assert_eq!(ran.stdout, "", "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_task_is_waited_for_with_its_log_on_stderr() {
+    let mock = Mock::start();
+    let ran = mock.run(&["vm", "start", "web"]);
+    assert_eq!((ran.exit, ran.stdout.as_str()), (Some(0), "done: start vm web (1.5 s)\n"));
+    assert_eq!(ran.stderr, "first\nround 1\n");
+    let ran = mock.run(&["vm", "start", "web", "--no-wait"]);
+    assert_eq!((ran.exit, ran.stdout.as_str()), (Some(0), "1-1\n"));
+}
+
+#[test]
+fn a_migration_prints_exactly_its_figures() {
+    let mock = Mock::start();
+    let ran = mock.run(&["vm", "migrate", "web", "node2", "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let expected = serde_json::json!(
+        {"total_ms": 1400, "downtime_ms": 64, "bytes": 268_435_456, "rounds": 4}
+    );
+    assert_eq!(json, expected);
+}
+
+#[test]
+fn a_connection_that_breaks_is_made_again_and_the_log_not_repeated() {
+    let mock = Mock::start();
+    let ran = mock.run(&["vm", "start", "flaky"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert_eq!(ran.stderr, "first\nconnection lost, trying again …\nsecond\n");
+    assert_eq!(mock.agent.0.follows.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_time_limit_ends_the_waiting_not_the_task() {
+    let mock = Mock::start();
+    let ran = mock.run(&["vm", "start", "slow", "--timeout", "300ms"]);
+    assert_eq!(ran.exit, Some(6), "{ran:?}");
+    assert!(ran.stderr.contains("task 1-4 goes on"), "{ran:?}");
+    assert_eq!(mock.agent.0.cancels.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn ctrl_c_leaves_the_task_and_says_how_to_go_on() {
+    let mock = Mock::start();
+    let mut command = command(mock.folder.path());
+    command.env("HOLDFAST_SOCKET", mock.socket()).args(["vm", "start", "slow"]);
+    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    // Its first line of log says that it waits.
+    let mut stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut stderr, &mut line).unwrap();
+    assert_eq!(line, "first\n");
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut stderr, &mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest}");
+    assert!(
+        rest.contains("clusterctl task wait 1-4") && rest.contains("task cancel 1-4"),
+        "{rest}"
+    );
+}
+
+#[test]
+fn documents_are_judged_by_the_cluster() {
+    let mock = Mock::start();
+    let file = mock.folder.path().join("web.toml");
+    let good = "name = \"web\"\nmemory = \"512MiB\"\n[boot]\nkernel = \"shared/vmlinuz\"\n";
+    std::fs::write(&file, good.replace("memory", "memry")).unwrap();
+    let file = file.to_str().unwrap();
+    let ran = mock.run(&["vm", "create", "-f", file]);
+    assert_eq!(ran.exit, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("line 2") && ran.stderr.contains("memry"), "{ran:?}");
+    std::fs::write(file, good).unwrap();
+    let ran = mock.run(&["vm", "create", "-f", file, "--dry-run"]);
+    assert_eq!((ran.exit, ran.stdout.as_str()), (Some(0), "vm web could be created on node1\n"));
+    let ran = mock.run(&["vm", "create", "-f", file, "--start"]);
+    assert_eq!(ran.stdout, "vm web created and started on node1\n");
+    let ran = mock.run(&["vm", "create", "-f", "/nowhere/web.toml"]);
+    assert_eq!(ran.exit, Some(3), "{ran:?}");
+}
+
+#[test]
+fn an_image_is_imported_whole() {
+    let mock = Mock::start();
+    let file = mock.folder.path().join("vmlinuz");
+    let bytes: Vec<u8> = (0..700_001_u32).map(|n| n.to_le_bytes()[0]).collect();
+    std::fs::write(&file, &bytes).unwrap();
+    let import = |pool: &str| {
+        let file = file.to_str().unwrap();
+        mock.run(&[
+            "image", "import", file, "--pool", pool, "--name", "vmlinuz", "--kind", "kernel",
+        ])
+    };
+    let ran = import("shared");
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert!(*mock.agent.0.imported.lock().unwrap() == bytes);
+    let ran = import("full");
+    assert_eq!(ran.exit, Some(4), "{ran:?}");
+    assert!(ran.stderr.contains("no space left"), "{ran:?}");
+}
+
+#[test]
+fn consoles_and_logs_are_passed_on_as_they_are() {
+    let mock = Mock::start();
+    assert_eq!(mock.run(&["vm", "log", "web"]).stdout, "boot\r\nlogin: ");
+    let mut command = command(mock.folder.path());
+    command.env("HOLDFAST_SOCKET", mock.socket()).args(["vm", "console", "web"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"hello\n").unwrap();
+    let mut echo = [0; 6];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut echo).unwrap();
+    assert_eq!(&echo, b"HELLO\n");
+    stdin.write_all(b"q").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn no_agent_is_a_clear_refusal() {
+    let folder = tempfile::tempdir().unwrap();
+    let nowhere = folder.path().join("none.sock");
+    let run =
+        |arguments: &[&str]| Ran::of(command(folder.path()).args(arguments).output().unwrap());
+    let ran = run(&["--socket", nowhere.to_str().unwrap(), "vm", "list"]);
+    assert_eq!(ran.exit, Some(5), "{ran:?}");
+    assert!(
+        ran.stderr.contains("no agent runs there") && ran.stderr.contains("--socket"),
+        "{ran:?}"
+    );
+    let ran = run(&["--context", "prod", "vm", "list"]);
+    assert_eq!(ran.exit, Some(3), "{ran:?}");
+    assert_eq!(run(&["version"]).exit, Some(0));
+    assert!(run(&["completion", "bash"]).stdout.contains("_clusterctl"));
+}

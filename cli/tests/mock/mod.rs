@@ -1,0 +1,289 @@
+//! An agent that answers from a script, on a Unix socket, and the real clusterctl against it.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proto::v1;
+use proto::v1::task_update::Update;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+type Answer<T> = Result<Response<T>, Status>;
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// What happened to the agent.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) follows: AtomicUsize,
+    pub(crate) cancels: AtomicUsize,
+    pub(crate) imported: std::sync::Mutex<Vec<u8>>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Agent(pub(crate) Arc<Seen>);
+
+fn vm(name: &str) -> v1::Vm {
+    v1::Vm {
+        name: name.to_owned(),
+        node: "node1".to_owned(),
+        phase: "started".to_owned(),
+        memory_bytes: 512 << 20,
+        cpus: 2,
+        ha: true,
+        ..v1::Vm::default()
+    }
+}
+
+fn task(id: &str, state: &str) -> v1::Task {
+    let error = if state == "failed" { "kernel shared/vmlinuz is missing" } else { "" };
+    let result = r#"{"total_ms":1400,"downtime_ms":64,"bytes":268435456,"rounds":4}"#;
+    v1::Task {
+        task_id: id.to_owned(),
+        kind: "vm.migrate".to_owned(),
+        subject: "web".to_owned(),
+        state: state.to_owned(),
+        error: error.to_owned(),
+        result: result.to_owned(),
+        started_unix_ms: 1_000,
+        ended_unix_ms: Some(2_500),
+        ..v1::Task::default()
+    }
+}
+
+fn reference(id: &str) -> Answer<v1::TaskRef> {
+    Ok(Response::new(v1::TaskRef { task_id: id.to_owned() }))
+}
+
+fn stream<T: Send + 'static>(items: Vec<Result<T, Status>>) -> Answers<T> {
+    Box::pin(tokio_stream::iter(items))
+}
+
+fn update(update: Update) -> Result<v1::TaskUpdate, Status> {
+    Ok(v1::TaskUpdate { update: Some(update) })
+}
+
+#[tonic::async_trait]
+impl v1::vms_server::Vms for Agent {
+    async fn create(&self, request: Request<v1::CreateVmRequest>) -> Answer<v1::CreateVmResponse> {
+        let request = request.into_inner();
+        proto::VmSpec::parse(&request.document)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let task_id = if request.start { "1-1".to_owned() } else { String::new() };
+        Ok(Response::new(v1::CreateVmResponse { vm: Some(vm("web")), task_id }))
+    }
+    async fn list(&self, _: Request<v1::ListVmsRequest>) -> Answer<v1::ListVmsResponse> {
+        Ok(Response::new(v1::ListVmsResponse { vms: vec![vm("web"), vm("database")] }))
+    }
+    async fn show(&self, request: Request<v1::ShowVmRequest>) -> Answer<v1::Vm> {
+        match request.into_inner().vm.as_str() {
+            "web" => Ok(Response::new(vm("web"))),
+            other => Err(Status::not_found(format!("there is no VM `{other}`"))),
+        }
+    }
+    async fn start(&self, request: Request<v1::VmRequest>) -> Answer<v1::TaskRef> {
+        match request.into_inner().vm.as_str() {
+            "broken" => reference("1-2"),
+            "flaky" => reference("1-3"),
+            "slow" => reference("1-4"),
+            "no-quorum" => Err(Status::unavailable("no quorum: 1 of 3 voters answers")),
+            _ => reference("1-1"),
+        }
+    }
+    async fn shutdown(&self, _: Request<v1::ShutdownVmRequest>) -> Answer<v1::TaskRef> {
+        reference("1-1")
+    }
+    async fn stop(&self, _: Request<v1::VmRequest>) -> Answer<v1::TaskRef> {
+        reference("1-1")
+    }
+    async fn reset(&self, _: Request<v1::VmRequest>) -> Answer<v1::TaskRef> {
+        reference("1-1")
+    }
+    async fn pause(&self, _: Request<v1::VmRequest>) -> Answer<v1::TaskRef> {
+        reference("1-1")
+    }
+    async fn resume(&self, _: Request<v1::VmRequest>) -> Answer<v1::TaskRef> {
+        reference("1-1")
+    }
+    async fn migrate(&self, request: Request<v1::MigrateVmRequest>) -> Answer<v1::TaskRef> {
+        match request.into_inner().target.as_str() {
+            "node1" => Err(Status::failed_precondition("vm web is on node1 already")),
+            "slow" => reference("1-4"),
+            _ => reference("1-1"),
+        }
+    }
+    async fn delete(&self, _: Request<v1::VmRequest>) -> Answer<v1::TaskRef> {
+        reference("1-1")
+    }
+    type ConsoleStream = Answers<v1::ConsoleOutput>;
+    /// Says what it hears, in capitals, and hangs up at a `q`.
+    async fn console(
+        &self,
+        input: Request<Streaming<v1::ConsoleInput>>,
+    ) -> Answer<Answers<v1::ConsoleOutput>> {
+        let heard = input.into_inner().map_while(|input| {
+            let data = input.ok()?.data;
+            (!data.contains(&b'q'))
+                .then(|| Ok(v1::ConsoleOutput { data: data.to_ascii_uppercase() }))
+        });
+        Ok(Response::new(Box::pin(heard)))
+    }
+    type LogStream = Answers<v1::ConsoleOutput>;
+    async fn log(&self, _: Request<v1::VmLogRequest>) -> Answer<Answers<v1::ConsoleOutput>> {
+        let data = |text: &str| Ok(v1::ConsoleOutput { data: text.as_bytes().to_vec() });
+        Ok(Response::new(stream(vec![data("boot\r\n"), data("login: ")])))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::tasks_server::Tasks for Agent {
+    async fn list(&self, _: Request<v1::ListTasksRequest>) -> Answer<v1::ListTasksResponse> {
+        Ok(Response::new(v1::ListTasksResponse { tasks: vec![task("1-1", "done")] }))
+    }
+    async fn get(&self, request: Request<v1::GetTaskRequest>) -> Answer<v1::Task> {
+        Ok(Response::new(task(&request.into_inner().task_id, "done")))
+    }
+    type FollowStream = Answers<v1::TaskUpdate>;
+    async fn follow(
+        &self,
+        request: Request<v1::GetTaskRequest>,
+    ) -> Answer<Answers<v1::TaskUpdate>> {
+        let id = request.into_inner().task_id;
+        let before = self.0.follows.fetch_add(1, Ordering::SeqCst);
+        let log = |text: &str| update(Update::Log(text.to_owned()));
+        let progress = v1::TaskProgress { text: "round 1".to_owned(), done: 1, total: 4 };
+        let ended = |state: &str| update(Update::Ended(task(&id, state)));
+        let answers = match id.as_str() {
+            "1-1" => stream(vec![log("first"), update(Update::Progress(progress)), ended("done")]),
+            "1-2" => stream(vec![log("first"), ended("failed")]),
+            // Breaks once; then tells everything again from the start.
+            "1-3" if before == 0 => stream(vec![log("first"), Err(Status::unavailable("gone"))]),
+            "1-3" => stream(vec![log("first"), log("second"), ended("done")]),
+            "1-4" if self.0.cancels.load(Ordering::SeqCst) > 0 => stream(vec![ended("cancelled")]),
+            "1-4" => Box::pin(stream(vec![log("first")]).chain(tokio_stream::pending())),
+            _ => return Err(Status::not_found(format!("there is no task {id}"))),
+        };
+        Ok(Response::new(answers))
+    }
+    async fn cancel(&self, request: Request<v1::GetTaskRequest>) -> Answer<v1::Task> {
+        self.0.cancels.fetch_add(1, Ordering::SeqCst);
+        Ok(Response::new(task(&request.into_inner().task_id, "cancelled")))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::storage_server::Storage for Agent {
+    async fn list_pools(&self, _: Request<v1::ListPoolsRequest>) -> Answer<v1::ListPoolsResponse> {
+        Ok(Response::new(v1::ListPoolsResponse::default()))
+    }
+    async fn create_pool(&self, request: Request<v1::CreatePoolRequest>) -> Answer<v1::Pool> {
+        Ok(Response::new(request.into_inner().pool.unwrap_or_default()))
+    }
+    async fn list_images(
+        &self,
+        _: Request<v1::ListImagesRequest>,
+    ) -> Answer<v1::ListImagesResponse> {
+        Ok(Response::new(v1::ListImagesResponse::default()))
+    }
+    async fn import_image(
+        &self,
+        request: Request<Streaming<v1::ImportImageRequest>>,
+    ) -> Answer<v1::Image> {
+        let mut chunks = request.into_inner();
+        let first = chunks.message().await?.and_then(|first| first.header);
+        let header = first.ok_or_else(|| Status::invalid_argument("no header"))?;
+        if header.pool == "full" {
+            return Err(Status::resource_exhausted("pool full has no space left"));
+        }
+        while let Some(chunk) = chunks.message().await? {
+            self.0.imported.lock().unwrap().extend(chunk.data);
+        }
+        Ok(Response::new(header))
+    }
+    async fn delete_image(
+        &self,
+        _: Request<v1::DeleteImageRequest>,
+    ) -> Answer<v1::DeleteImageResponse> {
+        Ok(Response::new(v1::DeleteImageResponse {}))
+    }
+    async fn list_networks(
+        &self,
+        _: Request<v1::ListNetworksRequest>,
+    ) -> Answer<v1::ListNetworksResponse> {
+        Ok(Response::new(v1::ListNetworksResponse::default()))
+    }
+    async fn create_network(
+        &self,
+        request: Request<v1::CreateNetworkRequest>,
+    ) -> Answer<v1::Network> {
+        Ok(Response::new(request.into_inner().network.unwrap_or_default()))
+    }
+}
+
+/// A running mock and its folder; both go with it.
+pub(crate) struct Mock {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) agent: Agent,
+    pub(crate) runtime: tokio::runtime::Runtime,
+}
+
+impl Mock {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let agent = Agent::default();
+        let listener = {
+            let _inside = runtime.enter();
+            UnixListener::bind(folder.path().join("agent.sock")).unwrap()
+        };
+        let server = tonic::transport::Server::builder()
+            .add_service(v1::vms_server::VmsServer::new(agent.clone()))
+            .add_service(v1::tasks_server::TasksServer::new(agent.clone()))
+            .add_service(v1::storage_server::StorageServer::new(agent.clone()));
+        runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+        Self { folder, agent, runtime }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("agent.sock")
+    }
+
+    /// clusterctl against the socket.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ran {
+        let mut command = command(self.folder.path());
+        Ran::of(command.env("HOLDFAST_SOCKET", self.socket()).args(arguments).output().unwrap())
+    }
+}
+
+/// clusterctl with its own configuration folder and nothing of the user's.
+pub(crate) fn command(folder: &Path) -> std::process::Command {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_clusterctl"));
+    command.env_remove("HOLDFAST_SOCKET").env_remove("HOLDFAST_CONTEXT");
+    command.env("HOLDFAST_CONFIG_DIR", folder.join("config"));
+    command.stdin(std::process::Stdio::null());
+    command
+}
+
+/// How it went.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) exit: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Ran {
+    pub(crate) fn of(output: Output) -> Self {
+        Self {
+            exit: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
