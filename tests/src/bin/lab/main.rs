@@ -1,0 +1,230 @@
+//! `deploy/lab`: a cluster on this machine, step by step or as one story.
+
+mod demo;
+mod ssh;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use tests::lab::process::Lifetime;
+use tests::lab::state::{Backend, State, default_folder};
+use tests::lab::{Lab, Options, switch};
+
+/// Three real nodes on this machine: QEMU, on a network that can be cut. No root needed.
+#[derive(Parser)]
+#[command(
+    name = "lab",
+    bin_name = "deploy/lab",
+    after_help = "Examples:
+  deploy/lab demo                    the whole story: boot, live migration, power cut; with its times
+  deploy/lab up                      three nodes, each with an agent, until `deploy/lab down`
+  deploy/lab ssh 1 clusterctl cluster init --name lab
+  deploy/lab partition 1             cuts node 1 off from all others
+  deploy/lab partition 1 2           cuts the link between nodes 1 and 2
+  deploy/lab heal
+  deploy/lab power-off 2; deploy/lab power-on 2
+  deploy/lab ssh 3                   a shell in node 3"
+)]
+struct Arguments {
+    /// The lab's folder [default: $HOLDFAST_CACHE/lab]
+    #[arg(long, global = true)]
+    dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boots a cluster and a VM, moves the VM live, cuts its node's power; prints the times
+    Demo {
+        /// Print the figures as JSON
+        #[arg(long)]
+        json: bool,
+        /// Memory of a node, MiB
+        #[arg(long, default_value_t = 1536)]
+        memory: u32,
+    },
+    /// Starts a lab that stays until `down`
+    Up {
+        /// How many nodes, 1 to 9
+        #[arg(long, default_value_t = 3)]
+        nodes: u32,
+        /// What the nodes are
+        #[arg(long, value_enum, default_value = "qemu")]
+        backend: Backend,
+        /// CPUs of a node
+        #[arg(long, default_value_t = 1)]
+        cpus: u32,
+        /// Memory of a node, MiB
+        #[arg(long, default_value_t = 1536)]
+        memory: u32,
+        /// Without the agents: bare nodes
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Ends the lab and removes all it made
+    Down,
+    /// Shows the nodes and the network's cuts
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Cuts a node's power
+    PowerOff {
+        /// The node's number
+        node: u32,
+    },
+    /// Powers a node on; it keeps its disk
+    PowerOn {
+        /// The node's number
+        node: u32,
+    },
+    /// Cuts the link between two nodes, or one node off from all others
+    Partition {
+        /// A node's number
+        a: u32,
+        /// Another one; without it: all others
+        b: Option<u32>,
+    },
+    /// Takes all cuts back
+    Heal,
+    /// Stops the agent of a node as it stands (with --node: the whole machine)
+    Hang {
+        /// The node's number
+        node: u32,
+        /// The whole machine
+        #[arg(long = "node")]
+        whole: bool,
+    },
+    /// Lets it go on
+    Thaw {
+        /// The node's number
+        node: u32,
+        /// The whole machine
+        #[arg(long = "node")]
+        whole: bool,
+    },
+    /// Runs a command in a node; without one: a shell
+    Ssh {
+        /// The node's number
+        node: u32,
+        /// The command and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// The lab's network; started by `up`
+    #[command(hide = true)]
+    Switch { folder: PathBuf, nodes: u32 },
+}
+
+fn main() -> std::process::ExitCode {
+    match run(Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
+    let folder = arguments.dir.unwrap_or_else(default_folder);
+    let attach = || Lab::attach(&folder);
+    match arguments.command {
+        Command::Demo { json, memory } => demo::demo(json, memory)?,
+        Command::Up { nodes, backend, cpus, memory, bare } => {
+            let options = Options {
+                folder: folder.clone(),
+                nodes,
+                cpus,
+                memory_mib: memory,
+                agent: !bare,
+                lifetime: Lifetime::Detached,
+            };
+            end_at_signal(folder)?;
+            let mut say = progress(Instant::now());
+            match backend {
+                Backend::Qemu => Lab::up(&options, &mut say)?,
+                Backend::Process => Lab::up_processes(&options, &mut say)?,
+            };
+            println!(
+                "The lab is up: `deploy/lab ssh 1` is a shell in node 1, `deploy/lab down` ends it."
+            );
+        }
+        Command::Down => attach()?.down()?,
+        Command::Status { json } => status(&attach()?, json)?,
+        Command::PowerOff { node } => attach()?.power_off(node)?,
+        Command::PowerOn { node } => attach()?.power_on(node)?,
+        Command::Partition { a, b: Some(b) } => attach()?.partition(a, b)?,
+        Command::Partition { a, b: None } => attach()?.isolate(a)?,
+        Command::Heal => attach()?.heal()?,
+        Command::Hang { node, whole: false } => attach()?.hang_agent(node)?,
+        Command::Hang { node, whole: true } => attach()?.freeze(node)?,
+        Command::Thaw { node, whole: false } => attach()?.thaw_agent(node)?,
+        Command::Thaw { node, whole: true } => attach()?.unfreeze(node)?,
+        Command::Ssh { node, command } => return ssh::ssh(&attach()?, node, &command),
+        Command::Switch { folder, nodes } => serve_switch(&folder, nodes)?,
+    }
+    Ok(std::process::ExitCode::SUCCESS)
+}
+
+/// Says each step on the terminal, with the time since the beginning.
+fn progress(started: Instant) -> impl FnMut(&str) {
+    move |text| eprintln!("[{:6.1} s] {text}", started.elapsed().as_secs_f64())
+}
+
+fn serve_switch(folder: &std::path::Path, nodes: u32) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(switch::server::serve(folder, 1..=nodes)).context("the lab's switch")
+}
+
+/// At Ctrl-C or SIGTERM everything the lab in `folder` has started is ended and removed.
+fn end_at_signal(folder: PathBuf) -> anyhow::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    signals.thread_block()?;
+    std::thread::spawn(move || {
+        let signal = signals.wait();
+        eprintln!("\nlab: stopped by {signal:?}, taking everything down");
+        let ended = match State::load(&folder) {
+            Ok(_) => Lab::attach(&folder).and_then(Lab::down),
+            Err(_) => std::fs::remove_dir_all(&folder).context("removing the lab's folder"), // nothing ran yet
+        };
+        if let Err(error) = ended {
+            eprintln!("lab: {error:#}");
+        }
+        std::process::exit(130);
+    });
+    Ok(())
+}
+
+fn status(lab: &Lab, json: bool) -> anyhow::Result<()> {
+    let machines = lab.state().backend == Backend::Qemu;
+    let cuts = if machines { lab.network_rules()?.cut } else { Default::default() };
+    let mut nodes = Vec::new();
+    for node in &lab.state().nodes {
+        let on = lab.is_on(node.number)?;
+        nodes.push(serde_json::json!({
+            "node": format!("node{}", node.number),
+            "power": if on { "on" } else { "off" },
+            "address": if machines { tests::lab::qemu::address(node.number) } else { "127.0.0.1".into() },
+            "api": node.api,
+        }));
+    }
+    if json {
+        println!("{}", serde_json::json!({ "nodes": nodes, "cuts": cuts }));
+        return Ok(());
+    }
+    println!("{:8} {:6} {:12} API ON THIS MACHINE", "NODE", "POWER", "ADDRESS");
+    for node in &nodes {
+        let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
+        println!("{:8} {:6} {:12} {}", text("node"), text("power"), text("address"), text("api"));
+    }
+    for (a, b) in cuts {
+        println!("cut: node{a} - node{b}");
+    }
+    Ok(())
+}

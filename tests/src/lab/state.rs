@@ -1,0 +1,120 @@
+//! The lab on disk: a folder with `lab.json` (who runs, which ports), the nodes' disks and sockets.
+//! Another process (`lab down`, `lab ssh`) finds the lab by it.
+//!
+//! ```text
+//! FOLDER/lab.json  lab.lock      switch/N.sock, control.sock
+//!        programs/ (9p, read-only to the nodes)   shared/ (9p, the nodes' shared storage)
+//!        N/ data.raw  console.log  agent.log  qmp.sock
+//! ```
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use super::process::ProcessId;
+
+/// What the nodes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// Virtual machines with a kernel, a disk, a watchdog and a network of their own.
+    Qemu,
+    /// Agents as plain processes on this machine, with its own /dev/kvm.
+    Process,
+}
+
+/// A lab that was started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct State {
+    /// What its nodes are.
+    pub backend: Backend,
+    /// The secret of `lab-node serve`.
+    pub token: String,
+    /// Memory of a node, MiB.
+    pub memory_mib: u32,
+    /// CPUs of a node.
+    pub cpus: u32,
+    /// Whether the nodes start an agent.
+    pub agent: bool,
+    /// The switch; `None` with [`Backend::Process`].
+    pub switch: Option<ProcessId>,
+    /// The nodes, by number from 1.
+    pub nodes: Vec<NodeState>,
+}
+
+/// A node of a lab.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeState {
+    /// Its number, from 1; its name is `nodeN`.
+    pub number: u32,
+    /// Its QEMU, or its agent; `None`: powered off.
+    pub process: Option<ProcessId>,
+    /// Where the host reaches its `lab-node serve`.
+    pub exec: SocketAddr,
+    /// Where the host reaches its agent's API.
+    pub api: SocketAddr,
+}
+
+impl State {
+    /// Reads the state of the lab in a folder.
+    ///
+    /// # Errors
+    /// If there is no lab, or its state cannot be read.
+    pub fn load(folder: &Path) -> anyhow::Result<Self> {
+        let path = folder.join("lab.json");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                bail!("no lab runs in {}: start one with `deploy/lab up`", folder.display())
+            }
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        };
+        serde_json::from_str(&text).with_context(|| {
+            format!("{} is damaged: end the lab's processes and remove the folder", path.display())
+        })
+    }
+
+    /// Writes the state, whole.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save(&self, folder: &Path) -> anyhow::Result<()> {
+        let new = folder.join("lab.json.new");
+        std::fs::write(&new, serde_json::to_vec_pretty(self)?)?;
+        std::fs::rename(new, folder.join("lab.json"))?;
+        Ok(())
+    }
+
+    /// The node with this number.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn node(&self, number: u32) -> anyhow::Result<&NodeState> {
+        let node = self.nodes.iter().find(|node| node.number == number);
+        node.with_context(|| format!("no node {number}: this lab has 1 to {}", self.nodes.len()))
+    }
+
+    /// Every process of the lab, nodes first.
+    pub fn processes(&self) -> impl Iterator<Item = ProcessId> {
+        self.nodes.iter().filter_map(|node| node.process).chain(self.switch)
+    }
+}
+
+/// Where the lab is without `--dir`: in `$HOLDFAST_CACHE/lab`.
+#[must_use]
+pub fn default_folder() -> PathBuf {
+    cache().join("lab")
+}
+
+/// `$HOLDFAST_CACHE`, by the rules of `deploy/env.sh`.
+#[must_use]
+pub fn cache() -> PathBuf {
+    let from =
+        |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    from("HOLDFAST_CACHE").unwrap_or_else(|| {
+        let home = || from("HOME").unwrap_or_else(|| "/root".into()).join(".cache");
+        from("XDG_CACHE_HOME").unwrap_or_else(home).join("holdfast")
+    })
+}

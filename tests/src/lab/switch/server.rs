@@ -1,0 +1,155 @@
+//! The switch's sockets: a task that reads and one that writes for each connected node, and the
+//! control socket.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+
+use super::Command;
+use super::fabric::{Fabric, Port};
+
+/// Longest frame, bytes: QEMU's own limit with segmentation offload is 64 KiB and a header.
+const FRAME_MAX: usize = 68 << 10;
+/// Frames that wait for a port; more are dropped, as a real switch does.
+const QUEUE: usize = 2048;
+
+type Queued = (u64, Arc<[u8]>);
+
+#[derive(Debug)]
+struct Shared {
+    started: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    fabric: Fabric,
+    connected: BTreeMap<Port, mpsc::Sender<Queued>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in a locked section can leave the state half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn forward(&self, from: Port, frame: &Arc<[u8]>) {
+        let now_us = self.now_us();
+        let mut state = self.lock();
+        let State { fabric, connected } = &mut *state;
+        for delivery in fabric.handle_frame(from, frame, connected.keys().copied(), now_us) {
+            if let Some(queue) = connected.get(&delivery.to) {
+                // A full queue drops the frame.
+                let _ = queue.try_send((delivery.at_us, Arc::clone(frame)));
+            }
+        }
+    }
+}
+
+/// Serves `ports` as `FOLDER/N.sock` and the control socket as `FOLDER/control.sock`, for ever.
+///
+/// # Errors
+/// If a socket cannot be made.
+pub async fn serve(folder: &Path, ports: impl Iterator<Item = Port>) -> io::Result<()> {
+    let shared = Arc::new(Shared { started: Instant::now(), state: Mutex::default() });
+    for port in ports {
+        let listener = bind(&folder.join(format!("{port}.sock")))?;
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            loop {
+                let Ok((stream, _)) = listener.accept().await else { return };
+                tokio::spawn(serve_port(Arc::clone(&shared), port, stream));
+            }
+        });
+    }
+    let control = bind(&folder.join("control.sock"))?;
+    loop {
+        let (stream, _) = control.accept().await?;
+        tokio::spawn(serve_control(Arc::clone(&shared), stream));
+    }
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => UnixListener::bind(path),
+    }
+}
+
+async fn serve_port(shared: Arc<Shared>, port: Port, stream: UnixStream) {
+    let (reader, writer) = stream.into_split();
+    let (queue, queued) = mpsc::channel(QUEUE);
+    // A node that was powered on again takes over from its former self.
+    shared.lock().connected.insert(port, queue.clone());
+    let writer = tokio::spawn(write_frames(Arc::clone(&shared), queued, writer));
+    // However it ends, the node is unplugged.
+    let _ = read_frames(&shared, port, reader).await;
+    writer.abort();
+    let mut state = shared.lock();
+    if state.connected.get(&port).is_some_and(|current| current.same_channel(&queue)) {
+        state.connected.remove(&port);
+    }
+}
+
+async fn read_frames(shared: &Shared, port: Port, reader: OwnedReadHalf) -> io::Result<()> {
+    let mut reader = BufReader::with_capacity(256 << 10, reader);
+    loop {
+        let length = usize::try_from(reader.read_u32().await?).unwrap_or(usize::MAX);
+        if length > FRAME_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "frame too long"));
+        }
+        let mut frame = vec![0; length];
+        reader.read_exact(&mut frame).await?;
+        shared.forward(port, &frame.into());
+    }
+}
+
+async fn write_frames(
+    shared: Arc<Shared>,
+    mut queued: mpsc::Receiver<Queued>,
+    mut to: OwnedWriteHalf,
+) {
+    while let Some((at_us, frame)) = queued.recv().await {
+        if at_us > shared.now_us() {
+            let at = shared.started + Duration::from_micros(at_us);
+            tokio::time::sleep_until(at.into()).await;
+        }
+        let Ok(length) = u32::try_from(frame.len()) else { continue };
+        let mut bytes = Vec::with_capacity(frame.len() + 4);
+        bytes.extend_from_slice(&length.to_be_bytes());
+        bytes.extend_from_slice(&frame);
+        if to.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn serve_control(shared: Arc<Shared>, stream: UnixStream) {
+    let (reader, mut writer) = stream.into_split();
+    let mut lines = BufReader::new(reader).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        let answer = match serde_json::from_str(&line) {
+            Ok(Command::Set(rules)) => {
+                shared.lock().fabric.rules = rules;
+                "ok".to_owned()
+            }
+            Ok(Command::Get) => serde_json::to_string(&shared.lock().fabric.rules)
+                .unwrap_or_else(|error| format!("error: {error}")),
+            Err(error) => format!("error: {error}"),
+        };
+        if writer.write_all(format!("{answer}\n").as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
