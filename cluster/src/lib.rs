@@ -20,6 +20,7 @@ mod config;
 mod consensus;
 mod enrol;
 mod error;
+mod files;
 mod identity;
 mod machine;
 mod membership;
@@ -36,6 +37,7 @@ pub use consensus::RaftService;
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, StoreError, WatchError,
 };
+pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
 pub use service::{ConfigService, EnrolmentService, MembershipService};
 pub use types::{
