@@ -1,6 +1,8 @@
 //! The VM document: what a person writes to describe a VM, and the proof that it makes sense.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{ByteSize, DocumentError, Name};
 
@@ -50,7 +52,7 @@ pub struct VmSpec {
 }
 
 /// Which CPU the guest sees.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CpuModel {
     /// The features that all nodes of the cluster share.
@@ -63,6 +65,32 @@ pub enum CpuModel {
 impl CpuModel {
     fn is_default(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+impl<'de> Deserialize<'de> for CpuModel {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = CpuModel;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"baseline\" or \"host\"")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<CpuModel, E> {
+                match text {
+                    "baseline" => Ok(CpuModel::Baseline),
+                    "host" => Ok(CpuModel::Host),
+                    other => Err(E::unknown_variant(other, &["baseline", "host"])),
+                }
+            }
+            fn visit_i64<E: serde::de::Error>(self, count: i64) -> Result<CpuModel, E> {
+                Err(E::custom(format_args!(
+                    "`cpu` is the model, \"baseline\" or \"host\"; for the number of vCPUs write \
+                     `cpus = {count}`"
+                )))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
     }
 }
 
@@ -302,6 +330,18 @@ mod tests {
     fn an_unknown_key_names_its_line() {
         let error = VmSpec::parse(&WEB.replace("cpus", "cpuss")).unwrap_err().to_string();
         assert!(error.contains("cpuss") && error.contains("line 2"), "{error}");
+    }
+
+    #[test]
+    fn a_number_as_the_cpu_model_is_told_from_the_number_of_cpus() {
+        let error = VmSpec::parse(&WEB.replace("cpus = 2", "cpu = 2")).unwrap_err().to_string();
+        assert!(error.contains("write `cpus = 2`") && error.contains("line 2"), "{error}");
+        let error = VmSpec::parse(&WEB.replace("cpus = 2", "cpu = \"fast\"")).unwrap_err();
+        assert!(error.to_string().contains("`baseline` or `host`"), "{error}");
+        for (word, model) in [("baseline", CpuModel::Baseline), ("host", CpuModel::Host)] {
+            let spec = VmSpec::parse(&WEB.replace("cpus = 2", &format!("cpu = \"{word}\"")));
+            assert_eq!(spec.unwrap().cpu, model);
+        }
     }
 
     #[test]
