@@ -403,3 +403,21 @@ fn the_rules_find_what_they_look_for() {
     let found: BTreeMap<String, toml::Value> = dependencies(&manifest).into_iter().collect();
     assert_eq!(found.keys().collect::<Vec<_>>(), ["a", "b"]);
 }
+
+#[test]
+fn what_the_unit_points_to_is_installed() {
+    let readme = read(&root().join("README.md"));
+    let unit = read(&root().join("deploy/systemd/holdfast-node-agent.service"));
+    let value = |key: &str| {
+        let line = unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        line.unwrap_or_else(|| panic!("the unit has no {key}")).to_owned()
+    };
+    let documentation = value("Documentation");
+    let page = documentation.strip_prefix("file:").expect("a local page");
+    for path in [page, "/etc/systemd/system/", "/etc/holdfast/node-agent.toml"] {
+        assert!(readme.contains(path), "the README's installation does not put {path} there");
+    }
+    let program = value("ExecStart");
+    let folder = Path::new(&program).parent().and_then(Path::to_str).expect("an absolute path");
+    assert!(readme.contains(&format!("clusterctl {folder}/")), "{program} is not installed");
+}
