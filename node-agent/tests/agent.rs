@@ -26,8 +26,10 @@ async fn ready(dir: &Path) -> Rig {
     rig.online(1).await;
     rig.pool("shared", "shared-dir", &dir.join("shared")).await;
     rig.pool("local", "local-dir", &dir.join("local")).await;
-    rig.image("shared", "vmlinuz", "kernel", vec![7; 4096]).await;
-    rig.image("local", "vmlinuz", "kernel", vec![7; 4096]).await;
+    for pool in ["shared", "local"] {
+        rig.image(pool, "vmlinuz", "kernel", b"\x7fELF".to_vec()).await;
+    }
+    rig.image("shared", "data.raw", "disk", vec![7; 4096]).await;
     let network = Network { name: "lan".into(), bridge: "hf-test".into(), uplink: String::new() };
     let mut storage = StorageClient::new(rig.channel.clone());
     storage.create_network(CreateNetworkRequest { network: Some(network) }).await.unwrap();
@@ -88,6 +90,8 @@ async fn bad_vm_documents_change_nothing() {
         ("shared/vmlinuz", "local/vmlinuz", Code::FailedPrecondition, "highly available"),
         ("\"lan\"", "\"wan\"", Code::NotFound, "network `wan`"),
         ("size = \"1MiB\"", "readonly = true", Code::NotFound, "shared/web.raw"),
+        ("shared/vmlinuz", "shared/data.raw", Code::FailedPrecondition, "imported as disk"),
+        ("shared/web.raw", "shared/vmlinuz", Code::FailedPrecondition, "cannot be a writable disk"),
     ];
     for (from, to, code, words) in cases {
         let refused = rig.create(&WEB.replace(from, to)).await.unwrap_err();
@@ -118,6 +122,15 @@ async fn names_and_disks_belong_to_one_vm_until_it_is_deleted() {
     let refused = rig.create(&thief).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     assert!(refused.message().contains("belongs to VM `web`"), "{refused}");
+
+    // A kernel that is used cannot be written, nor a disk that is written be read.
+    let writer = thief.replace("shared/web.raw", "shared/vmlinuz");
+    let refused = rig.create(&writer).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    assert!(refused.message().contains("it is a kernel of VM"), "{refused}");
+    let reader = thief.replace("size = \"1MiB\"", "readonly = true");
+    let refused = rig.create(&reader).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
 
     let migrate = |target: &str| MigrateVmRequest {
         vm: "web".into(),

@@ -91,22 +91,12 @@ fn nonsense_is_refused_and_changes_nothing() -> anyhow::Result<()> {
     lab.ctl(1, &["vm", "stop", "web"])?;
     refused(&lab, 2, &["vm", "migrate", "web", "node2"], &["web"])?;
 
-    // Files that are not what they should be: the start fails and says why.
+    // Files that are not what they should be: the import is refused, and so is the start where a
+    // file was damaged behind the cluster's back.
     lab.sh(1, "head -c 3000000 /dev/urandom >/shared/import/rubbish")?;
-    lab.ctl(
-        1,
-        &[
-            "image",
-            "import",
-            "/shared/import/rubbish",
-            "--pool",
-            "shared",
-            "--name",
-            "rubbish",
-            "--kind",
-            "kernel",
-        ],
-    )?;
+    let import = ["image", "import", "/shared/import/rubbish", "--pool", "shared", "--kind"];
+    refused(&lab, 1, &[&import[..], &["kernel"]].concat(), &["not a kernel"])?;
+    lab.sh(1, "head -c 100000 /shared/import/vmlinuz >/shared/pool/rubbish")?;
     let broken = Guest { ha: false, disk: false, ..Guest::new("broken", 102) };
     let document = broken.document().replace("shared/vmlinuz", "shared/rubbish");
     let write = ["sh", "-c", "cat >/tmp/broken.toml"];

@@ -182,14 +182,14 @@ async fn drain(
         total = total.max(here.len());
         for name in before.keys().filter(|name| !here.contains_key(*name)) {
             if let Some(placement) = view.placements.get(name) {
-                task.log(format!("{name} left for {}", node.name_of(placement.value.owner)));
+                task.log(format!("{name} is on {} now", node.name_of(placement.value.owner)));
             }
         }
-        let left = u64::try_from(here.len()).unwrap_or(u64::MAX);
         let all = u64::try_from(total).unwrap_or(u64::MAX);
-        task.progress(format!("{left} of {all} VMs left"), all.saturating_sub(left), all);
+        let away = all.saturating_sub(u64::try_from(here.len()).unwrap_or(u64::MAX));
+        task.progress(drained(away, all), away, all);
         if here.is_empty() {
-            task.log("the node is empty".to_owned());
+            task.log(drained(away, all));
             return Ok(None);
         }
         let moving = view
@@ -235,6 +235,15 @@ async fn drain(
     }
 }
 
+/// How far a drain has come.
+fn drained(away: u64, all: u64) -> String {
+    match (away, all) {
+        (_, 0) => "no VM runs on the node: it is empty".to_owned(),
+        (away, all) if away == all => format!("all {all} VMs moved away: the node is empty"),
+        (away, all) => format!("{away} of {all} VMs moved away, {} to go", all - away),
+    }
+}
+
 /// What the leader's last plan says about each VM.
 async fn reasons(node: &Node, caller: &Caller) -> Result<BTreeMap<String, String>, Status> {
     let report = match leader_channel(node).await? {
@@ -252,4 +261,16 @@ async fn reasons(node: &Node, caller: &Caller) -> Result<BTreeMap<String, String
         Some((name.to_owned(), reason.to_owned()))
     };
     Ok(report.iter().filter_map(split).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drain_counts_what_has_moved() {
+        assert_eq!(drained(1, 3), "1 of 3 VMs moved away, 2 to go");
+        assert_eq!(drained(3, 3), "all 3 VMs moved away: the node is empty");
+        assert_eq!(drained(0, 0), "no VM runs on the node: it is empty");
+    }
 }

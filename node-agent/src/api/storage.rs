@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::forward::Caller;
 use super::{Api, parse_name};
 use crate::node::Node;
-use crate::storage::{ImageInfo, Import, Pool, Pools, StorageError};
+use crate::storage::{ImageInfo, ImageKind, Import, Pool, Pools, StorageError};
 use crate::store::json;
 
 impl From<StorageError> for Status {
@@ -32,6 +32,8 @@ impl From<StorageError> for Status {
             StorageError::NotMounted { .. }
             | StorageError::OtherPool { .. }
             | StorageError::DiskLength { .. }
+            | StorageError::WrongKind { .. }
+            | StorageError::NoFolder { .. }
             | StorageError::NotAFile { .. } => Self::failed_precondition(text),
             StorageError::Io { .. } => Self::internal(text),
         }
@@ -102,7 +104,7 @@ impl Storage for Api {
         request: Request<CreatePoolRequest>,
     ) -> Result<Response<proto::v1::Pool>, Status> {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
-        let wanted = request.into_inner().pool;
+        let CreatePoolRequest { pool: wanted, create_folder } = request.into_inner();
         let wanted = wanted.ok_or_else(|| Status::invalid_argument("no pool is given"))?;
         let kind = match wanted.kind.as_str() {
             "local-dir" => PoolKind::LocalDir,
@@ -120,7 +122,13 @@ impl Storage for Api {
             return Err(pool_exists(&wanted.name));
         }
         let on_disk = record.clone();
-        blocking(move || Pool::initialise(&on_disk)).await?;
+        blocking(move || {
+            if !create_folder {
+                Pool::check_folder(&on_disk)?;
+            }
+            Pool::initialise(&on_disk)
+        })
+        .await?;
         let txn = Txn::new().if_absent(key.clone()).put(key, json(&record));
         let outcome = node.cluster().txn(txn).await.map_err(|e| crate::store::store_status(&e))?;
         if !outcome.committed() {
@@ -167,12 +175,8 @@ impl Storage for Api {
         let first = messages.message().await?.and_then(|message| message.header);
         let header =
             first.ok_or_else(|| Status::invalid_argument("the first message has no header"))?;
-        if !matches!(header.kind.as_str(), "kernel" | "initrd" | "firmware" | "disk") {
-            return Err(Status::invalid_argument(format!(
-                "`{}` is not a kind of image: use kernel, initrd, firmware or disk",
-                header.kind
-            )));
-        }
+        let kind = (!header.kind.is_empty()).then(|| header.kind.parse::<ImageKind>()).transpose();
+        let kind = kind.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let reference = format!("{}/{}", header.pool, header.name);
         let invalid = |error: proto::SpecError| Status::invalid_argument(error.to_string());
         let (pool, _) = parse_image(&reference).map_err(invalid)?;
@@ -185,8 +189,8 @@ impl Storage for Api {
             let data = message?.data;
             import = blocking(move || import.write(&data).map(|()| import)).await?;
         }
-        let (kind, sha256) = (header.kind.clone(), header.sha256.clone());
-        let info = blocking(move || import.commit(&kind, &sha256)).await?;
+        let sha256 = header.sha256.clone();
+        let info = blocking(move || import.commit(kind, &sha256)).await?;
         tracing::info!(image = %reference, bytes = info.size_bytes, user = %caller.user, "imported");
         Ok(Response::new(image(&header.pool, info)))
     }
@@ -201,9 +205,9 @@ impl Storage for Api {
         let invalid = |error: proto::SpecError| Status::invalid_argument(error.to_string());
         let (pool, _) = parse_image(&reference).map_err(invalid)?;
         for (vm, spec) in crate::vms::specs(&node).await? {
-            if crate::vms::images(&spec).any(|image| image == reference) {
+            if let Some(used) = crate::vms::image_uses(&spec).find(|used| used.image == reference) {
                 return Err(Status::failed_precondition(format!(
-                    "image `{reference}` is used by VM `{vm}`: delete the VM first"
+                    "image `{reference}` is a {used} of VM `{vm}`: delete the VM first"
                 )));
             }
         }

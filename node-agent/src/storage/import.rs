@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 
-use super::StorageError;
 use super::pool::{Pool, sync_folder};
+use super::{Content, ImageKind, StorageError};
 
 /// What is known of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageInfo {
     /// Name in the pool.
     pub name: String,
-    /// kernel | initrd | firmware | disk; empty where nobody said.
+    /// kernel | initrd | firmware | disk: as it was imported, else as its content tells; empty
+    /// where that tells nothing.
     #[serde(default)]
     pub kind: String,
     /// Bytes, as a reader sees them.
@@ -45,9 +46,24 @@ impl ImageInfo {
         });
         if info.modified_ns != modified_ns(&found) || info.size_bytes != found.len() {
             info.sha256.clear();
+            // Guests write disks; anything else that has changed is another file by that name.
+            if info.kind != ImageKind::Disk.word() {
+                info.kind.clear();
+            }
         }
         info.name = name.to_owned();
         info.size_bytes = found.len();
+        Some(info)
+    }
+
+    /// As [`ImageInfo::read`], with the kind that the content tells where none is recorded.
+    pub(super) fn look(folder: &Path, name: &str) -> Option<Self> {
+        let mut info = Self::read(folder, name)?;
+        if info.kind.is_empty() {
+            let content = File::open(folder.join(name)).and_then(|file| Content::of(&file));
+            let kind = content.ok().and_then(Content::kind);
+            info.kind = kind.map(|kind| kind.word().to_owned()).unwrap_or_default();
+        }
         Some(info)
     }
 
@@ -101,6 +117,7 @@ impl Import {
         }
         let temporary = pool.folder().join(format!(".import-{}", uuid::Uuid::new_v4()));
         let file = OpenOptions::new()
+            .read(true)
             .write(true)
             .create_new(true)
             .mode(0o640)
@@ -134,13 +151,17 @@ impl Import {
         Ok(())
     }
 
-    /// Ends the import: checks length and digest, makes it durable, and gives it its name.
-    /// `sha256` is what the sender says (hexadecimal); empty: not said.
+    /// Ends the import: checks length, digest and kind, makes it durable, and gives it its name.
+    /// `kind` and `sha256` (hexadecimal) are what the sender says; none and empty: not said.
     ///
     /// # Errors
     /// [`StorageError::Import`] on a difference, [`StorageError::Exists`] if the name was taken
     /// meanwhile, or the system's. Nothing is left behind then.
-    pub fn commit(mut self, kind: &str, sha256: &str) -> Result<ImageInfo, StorageError> {
+    pub fn commit(
+        mut self,
+        kind: Option<ImageKind>,
+        sha256: &str,
+    ) -> Result<ImageInfo, StorageError> {
         if let Some(expected) = self.expected_bytes.filter(|bytes| *bytes != self.written_bytes) {
             let came = self.written_bytes;
             return Err(self.refuse(format!("{came} of the announced {expected} bytes came")));
@@ -149,16 +170,22 @@ impl Import {
         if !sha256.is_empty() && !sha256.eq_ignore_ascii_case(&digest) {
             return Err(self.refuse(format!("its SHA-256 is {digest}, {sha256} was announced")));
         }
-        let found = self.publish()?;
-        let info = ImageInfo {
-            name: self.image.clone(),
-            kind: kind.to_owned(),
-            size_bytes: found.len(),
-            sha256: digest,
-            modified_ns: modified_ns(&found),
-        };
-        self.record(&info)?;
-        Ok(info)
+        let kind = self.kind(kind)?;
+        self.publish(kind, digest)
+    }
+
+    /// What the image is: as was said, if its content does not speak against it, else as that
+    /// tells.
+    fn kind(&self, said: Option<ImageKind>) -> Result<ImageKind, StorageError> {
+        let content =
+            Content::of(&self.file).map_err(StorageError::io("reading", &self.temporary))?;
+        let kind = said.or_else(|| content.kind()).ok_or_else(|| {
+            let why = "its content does not tell what it is: say it with --kind kernel, initrd, \
+                       firmware or disk";
+            self.refuse(why.to_owned())
+        })?;
+        content.check(kind, self.written_bytes).map_err(|reason| self.refuse(reason))?;
+        Ok(kind)
     }
 
     /// Gives the file a length without writing it.
@@ -166,9 +193,27 @@ impl Import {
         self.file.set_len(size_bytes).map_err(StorageError::io("sizing", &self.temporary))
     }
 
+    /// Makes it durable under its name, and records what it is.
+    pub(super) fn publish(
+        &mut self,
+        kind: ImageKind,
+        sha256: String,
+    ) -> Result<ImageInfo, StorageError> {
+        let found = self.link()?;
+        let info = ImageInfo {
+            name: self.image.clone(),
+            kind: kind.word().to_owned(),
+            size_bytes: found.len(),
+            sha256,
+            modified_ns: modified_ns(&found),
+        };
+        self.record(&info)?;
+        Ok(info)
+    }
+
     /// Syncs, then links the file to its name, which must be free. A hard link refuses a taken
     /// name, where a rename would replace it; file systems without links get the rename.
-    pub(super) fn publish(&mut self) -> Result<fs::Metadata, StorageError> {
+    fn link(&mut self) -> Result<fs::Metadata, StorageError> {
         self.file.sync_all().map_err(StorageError::io("syncing", &self.temporary))?;
         match fs::hard_link(&self.temporary, &self.target) {
             Ok(()) => {}
@@ -222,6 +267,72 @@ mod tests {
         PoolRecord { name: "shared".parse().unwrap(), kind, path }
     }
 
+    const DISK: Option<ImageKind> = Some(ImageKind::Disk);
+
+    fn import(
+        pool: &Pool,
+        name: &str,
+        data: &[u8],
+        kind: Option<ImageKind>,
+    ) -> Result<ImageInfo, StorageError> {
+        let mut import = pool.import(name, None).unwrap();
+        import.write(data).unwrap();
+        import.commit(kind, "")
+    }
+
+    #[test]
+    fn a_kind_is_what_was_said_unless_the_content_is_something_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = Pool::initialise(&record(PoolKind::SharedDir, folder.path())).unwrap();
+        let before = names(folder.path());
+        for (data, kind, reason) in [
+            (&b"\x7fELF"[..], DISK, "a kernel, not a raw disk"),
+            (b"QFI\xfb", DISK, "qemu-img convert"),
+            (b"070701", Some(ImageKind::Kernel), "not a kernel"),
+            (b"who knows", None, "--kind"),
+        ] {
+            let error = import(&pool, "a", data, kind).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        assert_eq!(names(folder.path()), before);
+        assert_eq!(import(&pool, "kernel", b"\x7fELF", None).unwrap().kind, "kernel");
+        assert_eq!(import(&pool, "initrd", b"070701", None).unwrap().kind, "initrd");
+        assert_eq!(import(&pool, "disk", &[0; 512], DISK).unwrap().kind, "disk");
+        let listed: Vec<_> = pool.images().unwrap().into_iter().map(|info| info.kind).collect();
+        assert_eq!(listed, ["disk", "initrd", "kernel"]);
+    }
+
+    #[test]
+    fn an_image_is_used_as_what_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = record(PoolKind::SharedDir, folder.path());
+        let pool = Pool::initialise(&shared).unwrap();
+        import(&pool, "kernel", b"\x7fELF", None).unwrap();
+        import(&pool, "disk", &[0; 512], DISK).unwrap();
+        // Put there by hand.
+        fs::write(folder.path().join("copied"), b"070701").unwrap();
+        let pools = Pools::new(vec![shared]);
+        for (image, kind) in [
+            ("shared/kernel", ImageKind::Kernel),
+            ("shared/disk", ImageKind::Disk),
+            ("shared/copied", ImageKind::Initrd),
+        ] {
+            assert!(pools.existing_as(image, kind).is_ok(), "{image}");
+            let all = [ImageKind::Kernel, ImageKind::Initrd, ImageKind::Firmware, ImageKind::Disk];
+            for other in all.into_iter().filter(|other| *other != kind) {
+                let error = pools.existing_as(image, other).unwrap_err();
+                assert!(matches!(error, StorageError::WrongKind { .. }), "{image}: {error}");
+            }
+        }
+        // What a guest writes to its disk is its own business.
+        fs::write(folder.path().join("disk"), b"\x7fELF").unwrap();
+        assert!(pools.existing_as("shared/disk", ImageKind::Disk).is_ok());
+        let made = pools.ensure_disk("shared/made", 512).unwrap();
+        fs::write(made, b"070701").unwrap();
+        assert!(pools.existing_as("shared/made", ImageKind::Disk).is_ok());
+        assert!(pools.existing_as("shared/made", ImageKind::Initrd).is_err());
+    }
+
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
         let mut names: Vec<_> =
@@ -234,15 +345,17 @@ mod tests {
     fn an_image_appears_whole() {
         let folder = tempfile::tempdir().unwrap();
         let pool = Pool::initialise(&record(PoolKind::SharedDir, folder.path())).unwrap();
-        let mut import = pool.import("vmlinuz", Some(6)).unwrap();
+        let mut import = pool.import("initrd", Some(6)).unwrap();
         import.write(b"abc").unwrap();
         assert!(pool.images().unwrap().is_empty(), "seen before it is whole");
         import.write(b"def").unwrap();
-        let info = import.commit("kernel", "").unwrap();
+        let info = import.commit(Some(ImageKind::Initrd), "").unwrap();
         assert_eq!(info.sha256, "bef57ec7f53a6d40beb640a780a639c83bc29ac8a9816f1fc6c5c6dcd93c4721");
         assert_eq!(pool.images().unwrap(), vec![info]);
-        fs::write(pool.existing("vmlinuz").unwrap(), b"changed").unwrap();
-        assert_eq!(pool.images().unwrap()[0].sha256, "", "a digest of other content");
+        fs::write(pool.existing("initrd").unwrap(), b"\x7fELF is another file").unwrap();
+        let info = &pool.images().unwrap()[0];
+        assert_eq!(info.sha256, "", "a digest of other content");
+        assert_eq!(info.kind, "kernel", "the kind of other content");
     }
 
     #[test]
@@ -252,13 +365,13 @@ mod tests {
         let before = names(folder.path());
         let mut short = pool.import("a", Some(6)).unwrap();
         short.write(b"abc").unwrap();
-        assert!(short.commit("disk", "").unwrap_err().to_string().contains("3 of the announced 6"));
+        assert!(short.commit(DISK, "").unwrap_err().to_string().contains("3 of the announced 6"));
         let mut long = pool.import("a", Some(2)).unwrap();
         assert!(long.write(b"abc").unwrap_err().to_string().contains("more than"));
         drop(long);
         let mut other = pool.import("a", None).unwrap();
         other.write(b"abc").unwrap();
-        assert!(other.commit("disk", "00").unwrap_err().to_string().contains("SHA-256"));
+        assert!(other.commit(DISK, "00").unwrap_err().to_string().contains("SHA-256"));
         assert_eq!(names(folder.path()), before);
     }
 
@@ -267,12 +380,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pool = Pool::initialise(&record(PoolKind::SharedDir, folder.path())).unwrap();
         let mut late = pool.import("a", None).unwrap();
-        late.write(b"late").unwrap();
+        late.write(&[1; 512]).unwrap();
         let mut first = pool.import("a", None).unwrap();
-        first.write(b"first").unwrap();
-        first.commit("", "").unwrap();
-        assert!(matches!(late.commit("", ""), Err(StorageError::Exists(_))));
-        assert_eq!(fs::read(folder.path().join("a")).unwrap(), b"first");
+        first.write(&[2; 512]).unwrap();
+        first.commit(DISK, "").unwrap();
+        assert!(matches!(late.commit(DISK, ""), Err(StorageError::Exists(_))));
+        assert_eq!(fs::read(folder.path().join("a")).unwrap(), [2; 512]);
         assert!(matches!(pool.import("a", None), Err(StorageError::Exists(_))));
     }
 

@@ -7,9 +7,11 @@
 //! Blocking; call it from a blocking thread.
 
 mod import;
+mod kind;
 mod pool;
 
 pub use import::{ImageInfo, Import};
+pub use kind::{Content, ImageKind, UnknownKind};
 pub use pool::{Pool, PoolUsage, Pools};
 
 use std::path::PathBuf;
@@ -83,6 +85,25 @@ pub enum StorageError {
         /// `pool/name`.
         image: String,
         /// What it is.
+        path: PathBuf,
+    },
+    /// It is not what it is to be used as.
+    #[error("image `{image}` cannot be used as {used_as}: {reason}")]
+    WrongKind {
+        /// `pool/name`.
+        image: String,
+        /// What for.
+        used_as: ImageKind,
+        /// What it is.
+        reason: String,
+    },
+    /// The folder of a new pool is not there.
+    #[error(
+        "{} does not exist on this node: mount the share or make the folder there first, or let it \
+         be made with --create", path.display()
+    )]
+    NoFolder {
+        /// The folder.
         path: PathBuf,
     },
     /// The data that arrived is not what was announced.

@@ -9,7 +9,7 @@ use nix::sys::statvfs::statvfs;
 use proto::record::{PoolKind, PoolRecord};
 use proto::{Name, parse_image};
 
-use super::{ImageInfo, Import, StorageError};
+use super::{Content, ImageInfo, ImageKind, Import, StorageError};
 
 /// Proves that a folder is the pool's: holds the pool's name.
 const MARKER: &str = ".holdfast-pool";
@@ -41,6 +41,15 @@ impl Pools {
     pub fn existing(&self, image: &str) -> Result<PathBuf, StorageError> {
         let (pool, name) = parse_image(image)?;
         self.open(&pool)?.existing(name)
+    }
+
+    /// As [`Pools::existing`], of an image that can be used as `kind`.
+    ///
+    /// # Errors
+    /// [`StorageError::WrongKind`] with what it is, and those of `existing`.
+    pub fn existing_as(&self, image: &str, kind: ImageKind) -> Result<PathBuf, StorageError> {
+        let (pool, name) = parse_image(image)?;
+        self.open(&pool)?.existing_as(name, kind)
     }
 
     /// The path of a raw disk, made (sparse, zeroed, durable) if it is not there.
@@ -80,6 +89,15 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// Whether a new pool's folder is there already.
+    ///
+    /// # Errors
+    /// [`StorageError::NoFolder`] if it is not, [`StorageError::BadPath`] if it cannot be.
+    pub fn check_folder(record: &PoolRecord) -> Result<(), StorageError> {
+        let path = checked_path(&record.path)?;
+        if path.is_dir() { Ok(()) } else { Err(StorageError::NoFolder { path }) }
+    }
+
     /// Makes the folder and its marker: for the node that creates the pool. Doing it again is
     /// fine.
     ///
@@ -140,6 +158,33 @@ impl Pool {
         }
     }
 
+    /// As [`Pool::existing`], of an image that can be used as `kind`: as it was imported, else as
+    /// its content says.
+    ///
+    /// # Errors
+    /// [`StorageError::WrongKind`], and those of `existing`.
+    pub fn existing_as(&self, image: &str, used_as: ImageKind) -> Result<PathBuf, StorageError> {
+        let path = self.existing(image)?;
+        let recorded = ImageInfo::read(&self.path, image).map(|info| info.kind).unwrap_or_default();
+        let judged = match recorded.parse::<ImageKind>() {
+            Ok(kind) if kind == used_as => Ok(()),
+            Ok(kind) => Err(format!("it was imported as {kind}")),
+            Err(_) => {
+                let file = File::open(&path).map_err(StorageError::io("opening", &path))?;
+                let found = file.metadata().map_err(StorageError::io("reading", &path))?;
+                if !found.is_file() {
+                    // A block device: whatever it holds is its guest's.
+                    return Ok(path);
+                }
+                let content = Content::of(&file).map_err(StorageError::io("reading", &path))?;
+                content.check(used_as, found.len())
+            }
+        };
+        let image = || self.reference(image);
+        judged.map_err(|reason| StorageError::WrongKind { image: image(), used_as, reason })?;
+        Ok(path)
+    }
+
     /// The path of a raw disk, made (sparse, zeroed, durable) if it is not there.
     ///
     /// # Errors
@@ -180,7 +225,7 @@ impl Pool {
         let path = self.image_path(image)?;
         let mut import = Import::begin(self, image, Some(size_bytes))?;
         import.set_sparse_length(size_bytes)?;
-        import.publish()?;
+        import.publish(ImageKind::Disk, String::new())?;
         Ok(path)
     }
 
@@ -204,7 +249,7 @@ impl Pool {
             let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
             let plain_file = entry.metadata().is_ok_and(|found| found.is_file());
             if plain_file && self.image_path(&name).is_ok() {
-                images.extend(ImageInfo::read(&self.path, &name));
+                images.extend(ImageInfo::look(&self.path, &name));
             }
         }
         images.sort_by(|left, right| left.name.cmp(&right.name));

@@ -8,7 +8,7 @@ use proto::record::NetworkRecord;
 use proto::{Generation, Name, VmId, VmSpec, parse_mac};
 use serde::{Deserialize, Serialize};
 
-use crate::storage::{Pools, StorageError};
+use crate::storage::{ImageKind, Pools, StorageError};
 
 /// One VM to be started on this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,14 +134,14 @@ impl Launch {
         networks: &[NetworkRecord],
         booting: bool,
     ) -> Result<Self, ResolveError> {
-        let boot_file = |image: &Option<String>| match image {
-            Some(image) => pools.existing(image).map(Some),
+        let boot_file = |image: &Option<String>, kind| match image {
+            Some(image) => pools.existing_as(image, kind).map(Some),
             None => Ok(None),
         };
         let boot = BootFiles {
-            kernel: boot_file(&spec.boot.kernel)?,
-            initrd: boot_file(&spec.boot.initrd)?,
-            firmware: boot_file(&spec.boot.firmware)?,
+            kernel: boot_file(&spec.boot.kernel, ImageKind::Kernel)?,
+            initrd: boot_file(&spec.boot.initrd, ImageKind::Initrd)?,
+            firmware: boot_file(&spec.boot.firmware, ImageKind::Firmware)?,
         };
         let mut disks = Vec::with_capacity(spec.disks.len());
         for disk in &spec.disks {

@@ -12,12 +12,12 @@ use proto::{
 };
 use tonic::Status;
 
-use super::{show, start};
+use super::{ImageUse, image_uses, show, start};
 use crate::api::forward::{Caller, channel, unreachable};
 use crate::events::stamped;
 use crate::ha::{Snapshot, movable, observe};
 use crate::node::Node;
-use crate::storage::{Pools, StorageError};
+use crate::storage::{ImageKind, Pools, StorageError};
 use crate::store::{json, store_status};
 
 /// Checks everything and creates the VM; starts it where asked.
@@ -37,6 +37,9 @@ pub async fn create(
     check_pools(&snapshot, &spec)?;
     check_networks(&node.store.networks(Consistency::Linearizable).await?, &spec)?;
     check_claims(node, &spec).await?;
+    let others = super::specs(node).await?;
+    super::check_sharing(&spec, others.values())
+        .map_err(|error| Status::failed_precondition(error.to_string()))?;
     let owner = choose(node, &snapshot, &observations, &spec, &request.node)?;
     check_images(node, caller, &snapshot, &spec, owner).await?;
     let placement = Placement {
@@ -94,7 +97,7 @@ fn check_name(snapshot: &Snapshot, name: &Name) -> Result<(), Status> {
 }
 
 fn check_pools(snapshot: &Snapshot, spec: &VmSpec) -> Result<(), Status> {
-    for image in super::images(spec) {
+    for ImageUse { image, .. } in image_uses(spec) {
         let (pool, _) = parse_image(image).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let record = snapshot.pools.iter().find(|record| record.name == pool);
         let record = record.ok_or_else(|| Status::from(StorageError::UnknownPool(pool.clone())))?;
@@ -192,8 +195,8 @@ pub(super) fn unknown_node(name: &str) -> Status {
     Status::not_found(format!("no node `{name}` in this cluster: see `clusterctl node list`"))
 }
 
-/// Boot files, and disks that are not to be made, must be there: in a shared pool for this node, in
-/// a local one at the owner.
+/// Boot files, and disks that are not to be made, must be there and be what they are used as: in a
+/// shared pool for this node, in a local one at the owner.
 async fn check_images(
     node: &Node,
     caller: &Caller,
@@ -201,24 +204,39 @@ async fn check_images(
     spec: &ValidatedVmSpec,
     owner: NodeId,
 ) -> Result<(), Status> {
-    let boot = [&spec.boot.kernel, &spec.boot.initrd, &spec.boot.firmware];
-    let disks = spec.disks.iter().filter(|disk| disk.size.is_none()).map(|disk| &disk.image);
-    let needed: Vec<String> = boot.into_iter().flatten().chain(disks).cloned().collect();
+    let made =
+        |image: &str| spec.disks.iter().any(|disk| disk.image == image && disk.size.is_some());
+    let uses = image_uses(spec).map(|used| (used.image.to_owned(), used.kind, made(used.image)));
+    let uses: Vec<(String, ImageKind, bool)> = uses.collect();
     if owner == node.id || movable(spec, &snapshot.pools) {
         let pools = Pools::new(snapshot.pools.clone());
-        let check = move || needed.iter().try_for_each(|image| pools.existing(image).map(drop));
+        let check = move || {
+            uses.iter().try_for_each(|(image, kind, made)| match pools.existing_as(image, *kind) {
+                Err(StorageError::MissingImage { .. }) if *made => Ok(()),
+                found => found.map(drop),
+            })
+        };
         let checked = tokio::task::spawn_blocking(check).await;
         return Ok(checked.map_err(|e| Status::internal(format!("internal error: {e}")))??);
     }
     let request = caller.request(ListImagesRequest::default())?;
     let answer = StorageClient::new(channel(node, owner)?).list_images(request).await;
     let images = answer.map_err(|status| unreachable(node, owner, &status))?.into_inner().images;
-    for image in needed {
-        if !images.iter().any(|found| format!("{}/{}", found.pool, found.name) == image) {
-            return Err(Status::not_found(format!(
-                "image `{image}` is missing on node {}; import it there with `clusterctl image import`",
-                node.name_of(owner)
-            )));
+    for (image, kind, made) in uses {
+        let found = images.iter().find(|found| format!("{}/{}", found.pool, found.name) == image);
+        match found {
+            Some(found) if found.kind.is_empty() || found.kind == kind.word() => {}
+            Some(found) => {
+                let reason = format!("it is {} on node {}", found.kind, node.name_of(owner));
+                return Err(StorageError::WrongKind { image, used_as: kind, reason }.into());
+            }
+            None if made => {}
+            None => {
+                return Err(Status::not_found(format!(
+                    "image `{image}` is missing on node {}; import it there with `clusterctl image import`",
+                    node.name_of(owner)
+                )));
+            }
         }
     }
     Ok(())

@@ -6,6 +6,7 @@
 //! Never: chooses a node by itself (`ha-manager` does).
 
 mod create;
+mod images;
 mod lifecycle;
 mod migrate;
 mod start;
@@ -17,6 +18,7 @@ use cluster::Consistency;
 use proto::{Name, VmSpec, keys};
 
 pub use create::create;
+pub use images::{ImageShared, ImageUse, check_sharing, image_uses};
 pub use lifecycle::{delete, pause, reset, resume, shutdown, stop};
 pub use migrate::migrate;
 pub use start::start;
@@ -24,13 +26,6 @@ pub use view::{list, show};
 
 use crate::node::Node;
 use crate::store::RecordError;
-
-/// All images that a VM boots from or has as disks, `pool/name`.
-pub fn images(spec: &VmSpec) -> impl Iterator<Item = &str> {
-    let boot = [&spec.boot.kernel, &spec.boot.initrd, &spec.boot.firmware];
-    let disks = spec.disks.iter().map(|disk| disk.image.as_str());
-    boot.into_iter().flatten().map(String::as_str).chain(disks)
-}
 
 /// All VMs' documents.
 ///

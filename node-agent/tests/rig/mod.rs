@@ -98,7 +98,10 @@ impl Rig {
             ..Pool::default()
         };
         let mut client = StorageClient::new(self.channel.clone());
-        client.create_pool(CreatePoolRequest { pool: Some(pool) }).await.unwrap();
+        client
+            .create_pool(CreatePoolRequest { pool: Some(pool), create_folder: true })
+            .await
+            .unwrap();
     }
 
     pub async fn image(&self, pool: &str, name: &str, kind: &str, data: Vec<u8>) {

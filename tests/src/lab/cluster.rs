@@ -236,7 +236,8 @@ impl Lab {
         std::fs::copy(&guest.kernel, folder.join("vmlinuz"))?;
         std::fs::copy(&guest.initrd, folder.join("guest.cpio"))?;
         let path = format!("/shared/{POOL}");
-        self.ctl(1, &["storage", "create", "shared", "--kind", "shared-dir", "--path", &path])?;
+        let create = ["storage", "create", "shared", "--kind", "shared-dir", "--path", &path];
+        self.ctl(1, &[&create[..], &["--create"]].concat())?;
         self.ctl(1, &["network", "create", "lan", "--bridge", "hfbr0"])?;
         for (name, kind) in [("vmlinuz", "kernel"), ("guest.cpio", "initrd")] {
             let file = format!("/shared/import/{name}");
