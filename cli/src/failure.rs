@@ -152,7 +152,7 @@ fn remedy_of(code: Code) -> Option<&'static str> {
         Code::Aborted => {
             Some("somebody else changed it at the same time: look again, then try again")
         }
-        Code::PermissionDenied | Code::Unauthenticated => {
+        Code::Unauthenticated => {
             Some("use a context with the rights for this: `clusterctl context list`")
         }
         Code::Unimplemented => Some(
@@ -166,6 +166,7 @@ fn remedy_of(code: Code) -> Option<&'static str> {
         | Code::InvalidArgument
         | Code::NotFound
         | Code::AlreadyExists
+        | Code::PermissionDenied
         | Code::ResourceExhausted
         | Code::FailedPrecondition
         | Code::OutOfRange => None,

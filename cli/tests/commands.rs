@@ -148,6 +148,89 @@ fn an_image_is_imported_whole() {
 }
 
 #[test]
+fn an_image_has_its_files_name_and_its_contents_kind_unless_said() {
+    let mock = Mock::start();
+    let file = mock.folder.path().join("vmlinuz-6.1");
+    std::fs::write(&file, "x").unwrap();
+    let ran = mock.run(&["image", "import", file.to_str().unwrap(), "--pool", "shared"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    let header = mock.agent.0.header.lock().unwrap().clone();
+    assert_eq!((header.name.as_str(), header.kind.as_str()), ("vmlinuz-6.1", ""));
+    let odd = mock.folder.path().join("my kernel");
+    std::fs::write(&odd, "x").unwrap();
+    let ran = mock.run(&["image", "import", odd.to_str().unwrap(), "--pool", "shared"]);
+    assert_eq!(ran.exit, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("--name"), "{ran:?}");
+    let list = mock.run(&["image", "list"]).stdout;
+    let rows: Vec<Vec<&str>> = list.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[1][..2], ["shared/vmlinuz", "kernel"], "{list}");
+    assert_eq!(rows[2][..2], ["shared/odd", "unknown"], "{list}");
+}
+
+#[test]
+fn a_document_may_stand_without_its_flag() {
+    let mock = Mock::start();
+    let file = mock.folder.path().join("web.toml");
+    std::fs::write(&file, "name = \"web\"\nmemory = \"1GiB\"\n[boot]\nkernel = \"a/b\"\n").unwrap();
+    let file = file.to_str().unwrap();
+    for arguments in
+        [&["vm", "create", file, "--dry-run"][..], &["vm", "create", "--dry-run", "-f", file]]
+    {
+        let ran = mock.run(arguments);
+        assert_eq!(ran.stdout, "vm web could be created on node1\n", "{ran:?}");
+    }
+    assert_eq!(mock.run(&["vm", "create"]).exit, Some(2));
+    assert_eq!(mock.run(&["vm", "create", file, "-f", file]).exit, Some(2));
+    std::fs::write(file, "name = \"web\"\ncpu = 2\nmemory = \"1GiB\"\n[boot]\nkernel = \"a/b\"\n")
+        .unwrap();
+    let ran = mock.run(&["vm", "create", file]);
+    assert_eq!(ran.exit, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("write `cpus = 2`"), "{ran:?}");
+}
+
+#[test]
+fn a_refused_join_gives_no_advice_about_contexts() {
+    let mock = Mock::start();
+    let ran = mock.run(&["cluster", "join", "TOKEN"]);
+    assert_eq!(ran.exit, Some(4), "{ran:?}");
+    assert!(ran.stderr.contains("the token was used already"), "{ran:?}");
+    assert!(!ran.stderr.contains("context"), "{ran:?}");
+}
+
+#[test]
+fn the_log_of_a_task_is_read_no_longer_than_asked() {
+    let mock = Mock::start();
+    let ran = mock.run(&["task", "log", "1-4", "--timeout", "300ms"]);
+    assert_eq!((ran.exit, ran.stdout.as_str()), (Some(6), "first\n"), "{ran:?}");
+    assert!(ran.stderr.contains("the task goes on"), "{ran:?}");
+    let ran = mock.run(&["task", "log", "1-1", "--timeout", "60s"]);
+    assert_eq!((ran.exit, ran.stdout.as_str()), (Some(0), "first\n"), "{ran:?}");
+}
+
+#[test]
+fn a_list_of_tasks_notes_what_runs_and_what_failed() {
+    let mock = Mock::start();
+    let list = mock.run(&["task", "list"]).stdout;
+    let notes: Vec<_> = list.lines().skip(1).map(|line| line.split("  ").last().unwrap()).collect();
+    assert_eq!(notes, ["round 1", "kernel shared/vmlinuz is missing", "-"], "{list}");
+}
+
+#[test]
+fn a_pools_folder_is_made_only_where_asked() {
+    let mock = Mock::start();
+    let create = |more: &[&str]| {
+        let pool = ["storage", "create", "new", "--path", "/missing"];
+        mock.run(&[&pool, more].concat())
+    };
+    let ran = create(&["--kind", "shared-dir"]);
+    assert_eq!(ran.exit, Some(4), "{ran:?}");
+    assert!(ran.stderr.contains("--create"), "{ran:?}");
+    assert_eq!(create(&["--kind", "shared-dir", "--create"]).exit, Some(0));
+    let ran = create(&["--kind", "local-dir", "--create"]);
+    assert!(ran.stderr.contains("each node makes /missing"), "{ran:?}");
+}
+
+#[test]
 fn consoles_and_logs_are_passed_on_as_they_are() {
     let mock = Mock::start();
     assert_eq!(mock.run(&["vm", "log", "web"]).stdout, "boot\r\nlogin: ");

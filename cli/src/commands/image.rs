@@ -11,14 +11,14 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::connect::Session;
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Copy a file into a pool; it appears there whole or not at all
     #[command(
-        after_help = "Examples:\n  clusterctl image import vmlinuz --pool shared --name vmlinuz --kind kernel\n  clusterctl image import guest.cpio.gz --pool shared --name guest.cpio.gz --kind initrd"
+        after_help = "Examples:\n  clusterctl image import /boot/vmlinuz-6.1.0-amd64 --pool shared --name vmlinuz\n  clusterctl image import debian.raw --pool shared --kind disk"
     )]
     Import {
         /// The file
@@ -26,12 +26,12 @@ pub(crate) enum Command {
         /// The pool
         #[arg(long)]
         pool: String,
-        /// Its name in the pool
+        /// Its name in the pool; the file's own where absent
         #[arg(long)]
-        name: String,
-        /// What it is
+        name: Option<String>,
+        /// What it is; told from its content where absent
         #[arg(long)]
-        kind: Kind,
+        kind: Option<Kind>,
     },
     /// A pool's images
     #[command(after_help = "Examples:\n  clusterctl image list --pool shared")]
@@ -78,7 +78,13 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
     let format = session.global.output;
     match command {
         Command::Import { file, pool, name, kind } => {
-            let image = import(session, &file, pool, name, kind).await?;
+            let name = match name {
+                Some(name) => name,
+                None => own_name(&file)?,
+            };
+            let kind = kind.map_or(String::new(), |kind| kind.word().to_owned());
+            let header = v1::Image { pool, name, kind, ..v1::Image::default() };
+            let image = import(session, &file, header).await?;
             output::print(format, &image, |image| {
                 let size = output::size(image.size_bytes);
                 format!(
@@ -101,16 +107,24 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
     }
 }
 
+/// The name that a file has in a pool if nothing else is said.
+fn own_name(file: &Path) -> Result<String, Failure> {
+    let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    match proto::parse_image(&format!("pool/{name}")) {
+        Ok(_) => Ok(name),
+        Err(_) => Err(Failure::new(
+            Exit::Usage,
+            format!("{} cannot be an image's name in a pool", file.display()),
+        )
+        .why("it has other characters than a-z, A-Z, 0-9, ., _ and -, or begins with a dot")
+        .remedy("give one with --name")),
+    }
+}
+
 /// Bytes in one message: well below gRPC's limit, large enough to keep the link busy.
 const CHUNK: usize = 256 << 10;
 
-async fn import(
-    session: &Session,
-    file: &Path,
-    pool: String,
-    name: String,
-    kind: Kind,
-) -> Result<v1::Image, Failure> {
+async fn import(session: &Session, file: &Path, header: v1::Image) -> Result<v1::Image, Failure> {
     let failed = |error: std::io::Error| Failure::file("read", file, &error);
     let mut source = tokio::fs::File::open(file).await.map_err(failed)?;
     let metadata = source.metadata().await.map_err(failed)?;
@@ -120,9 +134,8 @@ async fn import(
         return Err(failed(error));
     }
     let size_bytes = metadata.len();
-    let what = format!("import {} as {pool}/{name}", file.display());
-    let header =
-        v1::Image { pool, name, kind: kind.word().to_owned(), size_bytes, sha256: String::new() };
+    let what = format!("import {} as {}/{}", file.display(), header.pool, header.name);
+    let header = v1::Image { size_bytes, ..header };
     let bar = ProgressBar::new(size_bytes);
     if let Ok(style) =
         ProgressStyle::with_template("{bar:30} {binary_bytes} of {binary_total_bytes}, {eta}")
@@ -168,7 +181,8 @@ fn list_table(images: &[v1::Image]) -> String {
     let rows = images.iter().map(|image| {
         let reference = format!("{}/{}", image.pool, image.name);
         let sha256 = image.sha256.chars().take(16).collect::<String>();
-        [reference, image.kind.clone(), output::size(image.size_bytes), output::or_dash(&sha256)]
+        let kind = if image.kind.is_empty() { "unknown" } else { &image.kind };
+        [reference, kind.to_owned(), output::size(image.size_bytes), output::or_dash(&sha256)]
     });
     output::columns(["IMAGE", "KIND", "SIZE", "SHA-256"], rows)
 }

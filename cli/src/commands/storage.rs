@@ -15,7 +15,7 @@ pub(crate) enum Command {
     List,
     /// Make a pool of a folder
     #[command(
-        after_help = "Examples:\n  clusterctl storage create shared --kind shared-dir --path /mnt/nas/holdfast\n  clusterctl storage create local --kind local-dir --path /var/lib/holdfast/images"
+        after_help = "Examples:\n  clusterctl storage create shared --kind shared-dir --path /mnt/nas/holdfast\n  clusterctl storage create local --kind local-dir --path /var/lib/holdfast/images --create"
     )]
     Create {
         /// Its name
@@ -26,6 +26,9 @@ pub(crate) enum Command {
         /// The folder, the same path on every node
         #[arg(long)]
         path: String,
+        /// Make the folder if it is missing on the node that is asked
+        #[arg(long)]
+        create: bool,
     },
 }
 
@@ -47,14 +50,17 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let pools = session.call("list storage pools", pools).await?;
             output::print(format, &pools, |pools| table(&pools.pools))
         }
-        Command::Create { name, kind, path } => {
+        Command::Create { name, kind, path, create } => {
             let what = format!("create storage pool {name}");
+            if matches!(kind, Kind::LocalDir) {
+                eprintln!("note: each node makes {path} when it first uses the pool");
+            }
             let kind = match kind {
                 Kind::LocalDir => "local-dir",
                 Kind::SharedDir => "shared-dir",
             };
             let pool = v1::Pool { name, kind: kind.to_owned(), path, ..v1::Pool::default() };
-            let request = v1::CreatePoolRequest { pool: Some(pool) };
+            let request = v1::CreatePoolRequest { pool: Some(pool), create_folder: create };
             let pool = session.call(&what, client.create_pool(request)).await?;
             output::print(format, &pool, |pool| table(std::slice::from_ref(pool)))
         }

@@ -7,7 +7,7 @@ use proto::v1::tasks_client::TasksClient;
 use tonic::transport::Channel;
 
 use crate::connect::Session;
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::{self, or_dash};
 use crate::wait::{OnInterrupt, cancel, ended_line};
 
@@ -61,7 +61,16 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let task = session.call(&what, task).await?;
             output::print(format, &task, task_table)
         }
-        Command::Log { id } => log(session, &mut client, id).await,
+        Command::Log { id } => {
+            let log = log(session, &mut client, id.clone());
+            match session.global.timeout {
+                None => log.await,
+                Some(limit) => match tokio::time::timeout(limit, log).await {
+                    Ok(outcome) => outcome,
+                    Err(_) => Err(still_runs(&id)),
+                },
+            }
+        }
         Command::Wait { id } => {
             let what = format!("wait for task {id}");
             let task = session.wait(&what, &id, OnInterrupt::Leave).await?;
@@ -100,6 +109,12 @@ async fn log(
     }
 }
 
+fn still_runs(id: &str) -> Failure {
+    Failure::new(Exit::Timeout, format!("stopped reading the log of task {id}"))
+        .why("the time limit passed; the task goes on")
+        .remedy(format!("read on with `clusterctl task log {id}`"))
+}
+
 fn took(task: &v1::Task) -> String {
     let ended = task.ended_unix_ms.map(|ended_ms| ended_ms.saturating_sub(task.started_unix_ms));
     ended.map_or_else(|| "-".to_owned(), output::duration_ms)
@@ -108,8 +123,11 @@ fn took(task: &v1::Task) -> String {
 fn list_table(tasks: &[v1::Task]) -> String {
     let rows = tasks.iter().map(|task| {
         let progress = task.progress.as_ref().map(|progress| progress.text.clone());
-        let note =
-            if task.error.is_empty() { progress.unwrap_or_default() } else { task.error.clone() };
+        // What it was doing says nothing once it has ended.
+        let note = match task.ended_unix_ms {
+            Some(_) => task.error.clone(),
+            None => progress.unwrap_or_default(),
+        };
         [
             task.task_id.clone(),
             task.kind.clone(),

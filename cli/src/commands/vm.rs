@@ -19,12 +19,15 @@ use crate::wait::OnInterrupt;
 pub(crate) enum Command {
     /// Make a VM from a document
     #[command(
-        after_help = "Examples:\n  clusterctl vm create -f web.toml --start\n  clusterctl vm create -f web.toml --dry-run\n  clusterctl vm create -f - --node node2 < web.toml\n\nA document:\n  name = \"web\"\n  cpus = 2\n  memory = \"512MiB\"\n  [boot]\n  kernel = \"shared/vmlinuz\"\n  initrd = \"shared/guest.cpio.gz\"\n  cmdline = \"console=ttyS0\"\n  [[disks]]\n  image = \"shared/web.raw\"\n  size = \"1GiB\"\n  [[nics]]\n  network = \"lan\"\n  [ha]\n  enabled = true"
+        after_help = "Examples:\n  clusterctl vm create web.toml --start\n  clusterctl vm create -f web.toml --dry-run\n  clusterctl vm create - --node node2 < web.toml\n\nA document:\n  name = \"web\"\n  cpus = 2\n  memory = \"512MiB\"\n  [boot]\n  kernel = \"shared/vmlinuz\"\n  initrd = \"shared/guest.cpio.gz\"\n  cmdline = \"console=ttyS0\"\n  [[disks]]\n  image = \"shared/web.raw\"\n  size = \"1GiB\"\n  [[nics]]\n  network = \"lan\"\n  [ha]\n  enabled = true"
     )]
     Create {
         /// The document, TOML; `-` reads stdin
+        #[arg(value_name = "FILE", required_unless_present = "file", conflicts_with = "file")]
+        document: Option<PathBuf>,
+        /// The same
         #[arg(short, long)]
-        file: PathBuf,
+        file: Option<PathBuf>,
         /// Start it too
         #[arg(long)]
         start: bool,
@@ -144,7 +147,8 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
     let mut client = VmsClient::new(session.channel.clone());
     let format = session.global.output;
     match command {
-        Command::Create { file, start, node, dry_run } => {
+        Command::Create { document, file, start, node, dry_run } => {
+            let file = document.or(file).unwrap_or_default();
             let document = read_document(&file)?;
             let request = v1::CreateVmRequest { document, start, node, dry_run };
             create(session, &mut client, &file, request).await

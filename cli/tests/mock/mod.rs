@@ -24,6 +24,8 @@ pub(crate) struct Seen {
     pub(crate) follows: AtomicUsize,
     pub(crate) cancels: AtomicUsize,
     pub(crate) imported: std::sync::Mutex<Vec<u8>>,
+    /// What the last import said of itself.
+    pub(crate) header: std::sync::Mutex<v1::Image>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -144,7 +146,14 @@ impl v1::vms_server::Vms for Agent {
 #[tonic::async_trait]
 impl v1::tasks_server::Tasks for Agent {
     async fn list(&self, _: Request<v1::ListTasksRequest>) -> Answer<v1::ListTasksResponse> {
-        Ok(Response::new(v1::ListTasksResponse { tasks: vec![task("1-1", "done")] }))
+        let progress = v1::TaskProgress { text: "round 1".to_owned(), done: 1, total: 4 };
+        let noted = |id: &str, state: &str| v1::Task {
+            progress: Some(progress.clone()),
+            ..task(id, state)
+        };
+        let running = v1::Task { ended_unix_ms: None, ..noted("1-3", "running") };
+        let tasks = vec![running, noted("1-2", "failed"), noted("1-1", "done")];
+        Ok(Response::new(v1::ListTasksResponse { tasks }))
     }
     async fn get(&self, request: Request<v1::GetTaskRequest>) -> Answer<v1::Task> {
         Ok(Response::new(task(&request.into_inner().task_id, "done")))
@@ -183,13 +192,25 @@ impl v1::storage_server::Storage for Agent {
         Ok(Response::new(v1::ListPoolsResponse::default()))
     }
     async fn create_pool(&self, request: Request<v1::CreatePoolRequest>) -> Answer<v1::Pool> {
-        Ok(Response::new(request.into_inner().pool.unwrap_or_default()))
+        let v1::CreatePoolRequest { pool, create_folder } = request.into_inner();
+        let pool = pool.unwrap_or_default();
+        if pool.path == "/missing" && !create_folder {
+            return Err(Status::failed_precondition("/missing does not exist: use --create"));
+        }
+        Ok(Response::new(pool))
     }
     async fn list_images(
         &self,
         _: Request<v1::ListImagesRequest>,
     ) -> Answer<v1::ListImagesResponse> {
-        Ok(Response::new(v1::ListImagesResponse::default()))
+        let image = |name: &str, kind: &str| v1::Image {
+            pool: "shared".to_owned(),
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            ..v1::Image::default()
+        };
+        let images = vec![image("vmlinuz", "kernel"), image("odd", "")];
+        Ok(Response::new(v1::ListImagesResponse { images }))
     }
     async fn import_image(
         &self,
@@ -204,6 +225,7 @@ impl v1::storage_server::Storage for Agent {
         while let Some(chunk) = chunks.message().await? {
             self.0.imported.lock().unwrap().extend(chunk.data);
         }
+        self.0.header.lock().unwrap().clone_from(&header);
         Ok(Response::new(header))
     }
     async fn delete_image(
@@ -226,6 +248,37 @@ impl v1::storage_server::Storage for Agent {
     }
 }
 
+#[tonic::async_trait]
+impl v1::membership_server::Membership for Agent {
+    async fn init(&self, _: Request<v1::InitRequest>) -> Answer<v1::InitResponse> {
+        Err(Status::permission_denied("for root alone"))
+    }
+    async fn join(&self, _: Request<v1::JoinRequest>) -> Answer<v1::JoinResponse> {
+        Err(Status::permission_denied("the cluster refused: the token was used already"))
+    }
+    async fn create_token(
+        &self,
+        _: Request<v1::CreateTokenRequest>,
+    ) -> Answer<v1::CreateTokenResponse> {
+        Ok(Response::new(v1::CreateTokenResponse::default()))
+    }
+    async fn status(&self, _: Request<v1::ClusterStatusRequest>) -> Answer<v1::ClusterStatus> {
+        Ok(Response::new(v1::ClusterStatus::default()))
+    }
+    async fn remove_node(
+        &self,
+        _: Request<v1::RemoveNodeRequest>,
+    ) -> Answer<v1::RemoveNodeResponse> {
+        Ok(Response::new(v1::RemoveNodeResponse::default()))
+    }
+    async fn issue_client(
+        &self,
+        _: Request<v1::IssueClientRequest>,
+    ) -> Answer<v1::IssueClientResponse> {
+        Err(Status::permission_denied("for root alone"))
+    }
+}
+
 /// A running mock and its folder; both go with it.
 pub(crate) struct Mock {
     pub(crate) folder: tempfile::TempDir,
@@ -244,6 +297,7 @@ impl Mock {
         };
         let server = tonic::transport::Server::builder()
             .add_service(v1::vms_server::VmsServer::new(agent.clone()))
+            .add_service(v1::membership_server::MembershipServer::new(agent.clone()))
             .add_service(v1::tasks_server::TasksServer::new(agent.clone()))
             .add_service(v1::storage_server::StorageServer::new(agent.clone()));
         runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
