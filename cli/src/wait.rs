@@ -106,9 +106,13 @@ fn judge(what: &str, task: v1::Task) -> Result<v1::Task, Failure> {
     let log = format!("its log: `clusterctl task log {}`", task.task_id);
     match task.state.as_str() {
         "done" => Ok(task),
-        "cancelled" => Err(Failure::new(Exit::Failed, format!("cannot {what}"))
-            .why("the task was cancelled")
-            .remedy(log)),
+        "cancelled" => {
+            let why = match task.error.as_str() {
+                "" => "the task was cancelled".to_owned(),
+                reason => format!("the task was cancelled: {reason}"),
+            };
+            Err(Failure::new(Exit::Failed, format!("cannot {what}")).why(why).remedy(log))
+        }
         _ => {
             let why = if task.error.is_empty() { "the task failed".to_owned() } else { task.error };
             Err(Failure::new(Exit::Failed, format!("cannot {what}")).why(why).remedy(log))

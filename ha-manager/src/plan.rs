@@ -8,7 +8,7 @@
 //! starting, started ─────────────────► recovering ────────► starting (new owner, generation + 1)
 //! stopping, migrating    owner could     │  ▲ │
 //!                     not start it ──────┼──┘ └─► unplaceable, until a node can take it
-//!                                        └─ too many failures ─► error
+//!               (Delay, then Start again) └─ too many failures ─► error
 //! ```
 //!
 //! Invariants:
@@ -66,6 +66,16 @@ pub struct Observations {
     pub failed_migrations: BTreeMap<Name, Attempts>,
 }
 
+/// The leader's clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Now {
+    /// `CLOCK_BOOTTIME`, milliseconds: the clock of [`Attempts::last_ms`].
+    pub boottime_ms: u64,
+    /// Unix milliseconds: the clock of [`Placement::retry_at_unix_ms`], which outlives a
+    /// leadership. May be wrong, or jump; nothing that must not go wrong looks at it.
+    pub unix_ms: u64,
+}
+
 /// Failures in a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attempts {
@@ -82,14 +92,35 @@ pub struct Policy {
     pub parallel_migrations: usize,
     /// After this many failed starts in a row the VM goes to `error`.
     pub start_failures_max: u32,
+    /// Wait after a failed start; doubled by each further one, at most 64 times it. The owner
+    /// forgets the failures when the VM has run for a while.
+    pub start_backoff_ms: u64,
     /// Wait after a failed migration of a drain; doubled by each further one, at most 64 times it.
     pub migration_backoff_ms: u64,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { parallel_migrations: 2, start_failures_max: 3, migration_backoff_ms: 5_000 }
+        Self {
+            parallel_migrations: 2,
+            start_failures_max: 6,
+            start_backoff_ms: 2_000,
+            migration_backoff_ms: 5_000,
+        }
     }
+}
+
+impl Policy {
+    /// How long to wait after so many failed starts in a row, 1 or more.
+    #[must_use]
+    pub fn start_backoff_ms(&self, failures: u32) -> u64 {
+        doubled(self.start_backoff_ms, failures)
+    }
+}
+
+/// `first_ms`, doubled by each failure after the first, at most 64 times it.
+fn doubled(first_ms: u64, failures: u32) -> u64 {
+    first_ms.saturating_mul(1 << failures.saturating_sub(1).min(6))
 }
 
 /// The VM and the knowledge about it that an action was decided on.
@@ -163,6 +194,15 @@ pub enum Action {
         /// For its events.
         reason: String,
     },
+    /// Put `retry_at_unix_ms`: the VM is not started before.
+    Delay {
+        /// What.
+        vm: VmRef,
+        /// When it may be tried again, Unix milliseconds.
+        until_unix_ms: u64,
+        /// For its events.
+        reason: String,
+    },
     /// Put phase unplaceable with this message; the plan tries again by itself.
     MarkUnplaceable {
         /// What.
@@ -221,23 +261,18 @@ impl ClusterState {
         NodeState::of(maintenance, view.is_some_and(|view| view.fenced.is_some()), verdict)
     }
 
-    fn node_name(&self, node: NodeId) -> String {
+    pub(crate) fn node_name(&self, node: NodeId) -> String {
         self.nodes
             .get(&node)
             .map_or_else(|| format!("node id {node}"), |v| v.record.name.to_string())
     }
 }
 
-/// Decides what to do now. `now_ms` is on the clock of [`Attempts::last_ms`].
+/// Decides what to do now.
 #[must_use]
-pub fn plan(
-    state: &ClusterState,
-    observations: &Observations,
-    policy: &Policy,
-    now_ms: u64,
-) -> Plan {
+pub fn plan(state: &ClusterState, observations: &Observations, policy: &Policy, now: Now) -> Plan {
     let placer = Placer { state, observations, load: Load::of(state) };
-    let mut planner = Planner { placer, policy, now_ms, plan: Plan::default() };
+    let mut planner = Planner { placer, policy, now, plan: Plan::default() };
     for (node, view) in &state.nodes {
         let node_state = state.node_state(observations, *node);
         planner.plan.nodes.insert(view.record.name.clone(), node_state);
@@ -266,7 +301,7 @@ pub fn plan(
 struct Planner<'a> {
     placer: Placer<'a>,
     policy: &'a Policy,
-    now_ms: u64,
+    now: Now,
     plan: Plan,
 }
 
@@ -334,20 +369,13 @@ impl Planner<'_> {
         if !down || self.plan.report.contains_key(name) {
             return;
         }
-        let mut retried = String::new();
-        if placement.start_failures > 0 {
-            let cause = placement.message.as_deref().unwrap_or("see its log");
-            let failures = placement.start_failures;
-            if failures >= self.policy.start_failures_max {
-                let message = format!(
-                    "{failures} starts failed, the last: {cause}. Mend that, then `clusterctl vm start {name}`"
-                );
-                self.explain(name, message.clone(), BTreeMap::new());
-                self.plan.actions.push(Action::MarkError { vm: vm_ref(name, vm), message });
-                return;
-            }
-            retried = format!(", try {} of {}", failures + 1, self.policy.start_failures_max);
+        if placement.start_failures > 0 && self.plan_failed(name, vm) {
+            return;
         }
+        let retried = match placement.start_failures {
+            0 => String::new(),
+            failures => format!(", try {} of {}", failures + 1, self.policy.start_failures_max),
+        };
         let wanted = Wanted {
             memory_bytes: placement.memory_bytes,
             bound_to: vm.bound_to(),
@@ -367,6 +395,50 @@ impl Planner<'_> {
                 self.plan.actions.push(Action::Start { vm, to: choice.node, reason });
             }
             Err(no_place) => self.mark_unplaceable(name, vm, no_place),
+        }
+    }
+
+    /// A VM whose starts failed: gives it up after too many, else lets it wait. `false`: its wait
+    /// is over.
+    fn plan_failed(&mut self, name: &Name, vm: &VmView) -> bool {
+        let placement = &vm.placement;
+        let failures = placement.start_failures;
+        let cause = placement.message.as_deref().unwrap_or("see its log");
+        if failures >= self.policy.start_failures_max {
+            let message = format!(
+                "{failures} starts failed, the last: {cause}. Mend that, then `clusterctl vm start {name}`"
+            );
+            self.explain(name, message.clone(), BTreeMap::new());
+            self.plan.actions.push(Action::MarkError { vm: vm_ref(name, vm), message });
+            return true;
+        }
+        let backoff_ms = self.policy.start_backoff_ms(failures);
+        let left_ms = placement.retry_at_unix_ms.map(|at| at.saturating_sub(self.now.unix_ms));
+        match left_ms {
+            Some(0) => false,
+            Some(left_ms) if left_ms <= backoff_ms => {
+                let why = format!(
+                    "failed to start ({cause}), tried again in {} s, try {} of {}",
+                    left_ms.div_ceil(1_000),
+                    failures + 1,
+                    self.policy.start_failures_max
+                );
+                self.explain(name, why, BTreeMap::new());
+                true
+            }
+            // Not written yet, or by a leader whose clock is ahead: of this one's, it is right.
+            None | Some(_) => {
+                let reason = format!(
+                    "tried again in {} s: {failures} of at most {} starts failed",
+                    backoff_ms.div_ceil(1_000),
+                    self.policy.start_failures_max
+                );
+                self.explain(name, reason.clone(), BTreeMap::new());
+                let until_unix_ms = self.now.unix_ms.saturating_add(backoff_ms);
+                let vm = vm_ref(name, vm);
+                self.plan.actions.push(Action::Delay { vm, until_unix_ms, reason });
+                true
+            }
         }
     }
 
@@ -427,10 +499,9 @@ impl Planner<'_> {
     /// How long a VM whose migration failed still waits.
     fn backoff_ms(&self, name: &Name) -> Option<u64> {
         let attempts = self.placer.observations.failed_migrations.get(name)?;
-        let doublings = attempts.failures.saturating_sub(1).min(6);
-        let until_ms =
-            attempts.last_ms.saturating_add(self.policy.migration_backoff_ms << doublings);
-        until_ms.checked_sub(self.now_ms).filter(|wait_ms| *wait_ms > 0)
+        let backoff_ms = doubled(self.policy.migration_backoff_ms, attempts.failures);
+        let until_ms = attempts.last_ms.saturating_add(backoff_ms);
+        until_ms.checked_sub(self.now.boottime_ms).filter(|wait_ms| *wait_ms > 0)
     }
 
     /// The reasons of VMs that nothing is done about.
@@ -454,7 +525,9 @@ impl Planner<'_> {
                 let then = match (vm.placement.ha, owner_state) {
                     (true, NodeState::Unknown) => "starts elsewhere once that node is fenced",
                     (true, _) => "its owner is no member: move it by hand",
-                    (false, _) => "not highly available: waits for that node",
+                    (false, _) => {
+                        "not highly available: waits for that node (`clusterctl node fence` if it is lost for good)"
+                    }
                 };
                 format!("its owner {owner} is {}; {then}", owner_state.word())
             }
@@ -473,7 +546,7 @@ impl Planner<'_> {
 }
 
 /// The phase of a dead node's HA VM after fencing; `None`: it is left as it is.
-fn phase_after_fencing(state: NodeState, placement: &Placement) -> Option<Phase> {
+pub(crate) fn phase_after_fencing(state: NodeState, placement: &Placement) -> Option<Phase> {
     let wanted = placement.requested == Requested::Started;
     match placement.phase {
         Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => {
@@ -487,7 +560,7 @@ fn phase_after_fencing(state: NodeState, placement: &Placement) -> Option<Phase>
     }
 }
 
-fn vm_ref(name: &Name, vm: &VmView) -> VmRef {
+pub(crate) fn vm_ref(name: &Name, vm: &VmView) -> VmRef {
     VmRef {
         name: name.clone(),
         vm_id: vm.placement.vm_id,

@@ -35,20 +35,24 @@ fn any_vm() -> impl Strategy<Value = String> {
         "error",
         "unplaceable",
     ];
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 0u32..5, 64u64..800);
+    let retry =
+        prop_oneof![Just(String::new()), (0u64..20_000).prop_map(|at| format!("retry={at}"))];
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 0u32..8, retry, 64u64..800);
     (1u64..6, prop::sample::select(phases), flags).prop_map(
-        |(owner, phase, (ha, local, down, failed, mib))| {
+        |(owner, phase, (ha, local, down, failed, retry, mib))| {
             let flag = |set: bool, word: &'static str| if set { word } else { "" };
             let (ha, local, down) = (flag(ha, "ha"), flag(local, "local"), flag(down, "down"));
-            format!("on node{owner} {phase} {ha} {local} {down} failed={failed} {mib}MiB")
+            format!("on node{owner} {phase} {ha} {local} {down} failed={failed} {retry} {mib}MiB")
         },
     )
 }
 
 fn any_cluster() -> impl Strategy<Value = Cluster> {
     let nodes = prop::collection::vec(any_node(), 1..5);
-    (nodes, prop::collection::vec(any_vm(), 0..10)).prop_map(|(nodes, vms)| {
+    let vms = prop::collection::vec(any_vm(), 0..10);
+    (nodes, vms, 0u64..20_000).prop_map(|(nodes, vms, unix_ms)| {
         let mut cluster = Cluster::default();
+        cluster.now.unix_ms = unix_ms;
         nodes.iter().zip(1..).for_each(|(node, n)| cluster.add(&format!("node{n} {node}")));
         vms.iter().zip(1..).for_each(|(vm, n)| cluster.add(&format!("vm vm{n} {vm}")));
         cluster
@@ -62,6 +66,7 @@ fn refs(action: &Action) -> Vec<&VmRef> {
         Action::Start { vm, .. }
         | Action::Migrate { vm, .. }
         | Action::Reassign { vm, .. }
+        | Action::Delay { vm, .. }
         | Action::MarkUnplaceable { vm, .. }
         | Action::MarkError { vm, .. } => vec![vm],
     }
@@ -126,6 +131,11 @@ fn check_action(cluster: &Cluster, plan: &Plan, action: &Action) -> Result<(), T
             let view = &cluster.state.vms[&vm.name];
             prop_assert!(online(to));
             prop_assert!(view.movable || *to == view.placement.owner);
+            let due = view.placement.retry_at_unix_ms.is_some_and(|at| at <= cluster.now.unix_ms);
+            prop_assert!(
+                view.placement.start_failures == 0 || due,
+                "started before its back-off is over"
+            );
             // Only what runs nowhere by its record: nothing of a node that is not fenced.
             prop_assert!(matches!(
                 view.placement.phase,
@@ -156,6 +166,12 @@ fn check_action(cluster: &Cluster, plan: &Plan, action: &Action) -> Result<(), T
                 let placement = &cluster.state.vms[&vm.vm.name].placement;
                 prop_assert!(placement.ha && placement.owner == *node);
             }
+        }
+        Action::Delay { vm, until_unix_ms, .. } => {
+            let placement = &cluster.state.vms[&vm.name].placement;
+            prop_assert!(placement.start_failures > 0);
+            let wait_ms = until_unix_ms - cluster.now.unix_ms;
+            prop_assert_eq!(wait_ms, cluster.policy.start_backoff_ms(placement.start_failures));
         }
         Action::MarkUnplaceable { .. } | Action::MarkError { .. } => {}
     }
@@ -321,6 +337,11 @@ impl World {
                     let generation = self.cluster.state.vms[&vm.name].placement.generation;
                     self.running.entry(*to).or_default().insert(vm.name.clone(), generation);
                 }
+            }
+            Action::Delay { vm, until_unix_ms, .. } => {
+                let vm = self.cluster.state.vms.get_mut(&vm.name).unwrap();
+                vm.placement.retry_at_unix_ms = Some(*until_unix_ms);
+                vm.mod_revision = revision;
             }
             Action::MarkUnplaceable { vm, .. } => {
                 self.put(&vm.name, None, Phase::Unplaceable, revision)

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Cluster, name};
-use ha_manager::{Attempts, Denied, NodeState, check_target, place};
+use ha_manager::{Attempts, Denied, NodeState, Now, Policy, check_target, place};
 
 #[test]
 fn a_quiet_cluster_needs_nothing() {
@@ -100,21 +100,60 @@ fn a_failed_start_is_tried_elsewhere_then_given_up() {
     let cluster = |failed: u32| {
         Cluster::new(&format!(
             "node1 alive\nnode2 alive\nvm old on node2 started 512MiB
-             vm a on node1 recovering ha failed={failed}"
+             vm a on node1 recovering ha failed={failed} retry=0"
         ))
         .actions()
     };
     assert_eq!(cluster(0), ["start a g3 r40 on node1"]);
     assert_eq!(cluster(1), ["start a g3 r40 on node2"]);
-    assert_eq!(cluster(2), ["start a g3 r40 on node2"]);
+    assert_eq!(cluster(5), ["start a g3 r40 on node2"]);
     assert_eq!(
-        cluster(3),
-        ["error a g3 r40: 3 starts failed, the last: no such kernel. Mend that, then \
+        cluster(6),
+        ["error a g3 r40: 6 starts failed, the last: no such kernel. Mend that, then \
           `clusterctl vm start a`"]
     );
     // With nowhere else to go, the same node is tried again.
-    let alone = Cluster::new("node1 alive\nvm a on node1 recovering ha failed=1");
+    let alone = Cluster::new("node1 alive\nvm a on node1 recovering ha failed=1 retry=0");
     assert_eq!(alone.actions(), ["start a g3 r40 on node1"]);
+}
+
+#[test]
+fn a_failed_start_backs_off_longer_each_time_and_every_leader_knows() {
+    let at = |unix_ms: u64, flags: &str| {
+        let mut cluster =
+            Cluster::new(&format!("node1 alive\nnode2 alive\nvm a on node1 recovering ha {flags}"));
+        cluster.now = Now { unix_ms, ..Now::default() };
+        cluster
+    };
+    let actions = |unix_ms, flags: &str| at(unix_ms, flags).actions();
+    assert_eq!(actions(1_000_000, "failed=1"), ["delay a g3 r40 until 1002000"]);
+    assert_eq!(actions(1_000_000, "failed=2"), ["delay a g3 r40 until 1004000"]);
+    assert_eq!(actions(1_000_000, "failed=5"), ["delay a g3 r40 until 1032000"]);
+    // Whoever leads meanwhile reads the same moment, and says what is waited for.
+    let waiting = at(1_000_500, "failed=2 retry=1004000");
+    assert!(waiting.actions().is_empty());
+    assert_eq!(
+        waiting.plan().report[&name("a")].why,
+        "failed to start (no such kernel), tried again in 4 s, try 3 of 6"
+    );
+    assert_eq!(actions(1_003_999, "failed=2 retry=1004000"), Vec::<String>::new());
+    assert_eq!(actions(1_004_000, "failed=2 retry=1004000"), ["start a g3 r40 on node2"]);
+    // Written by a leader whose clock is an hour ahead: one back-off more, not an hour.
+    assert_eq!(actions(1_000_000, "failed=2 retry=4600000"), ["delay a g3 r40 until 1004000"]);
+    // One whose clock is behind costs the wait, no more.
+    assert_eq!(actions(4_600_000, "failed=2 retry=1004000"), ["start a g3 r40 on node2"]);
+    // A VM that never failed waits for nothing.
+    assert_eq!(actions(1_000_000, "retry=4600000"), ["start a g3 r40 on node1"]);
+}
+
+#[test]
+fn back_offs_are_bounded() {
+    let policy = Policy::default();
+    let waits: Vec<u64> = (1..=8).map(|failures| policy.start_backoff_ms(failures)).collect();
+    assert_eq!(waits, [2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 128_000]);
+    assert_eq!(policy.start_backoff_ms(u32::MAX), 128_000);
+    let endless = Policy { start_backoff_ms: u64::MAX, ..policy };
+    assert_eq!(endless.start_backoff_ms(3), u64::MAX);
 }
 
 #[test]
@@ -164,9 +203,9 @@ fn a_failed_migration_of_a_drain_backs_off() {
     let mut cluster = Cluster::new("node1 alive drained\nnode2 alive\nvm a on node1 started");
     let attempts = Attempts { failures: 2, last_ms: 1_000 };
     cluster.observations.failed_migrations.insert(name("a"), attempts);
-    cluster.now_ms = 10_999;
+    cluster.now.boottime_ms = 10_999;
     assert!(cluster.actions().is_empty());
-    cluster.now_ms = 11_000;
+    cluster.now.boottime_ms = 11_000;
     assert_eq!(cluster.actions(), ["migrate a g3 r40 node1 -> node2"]);
 }
 

@@ -1,7 +1,8 @@
 //! The one clock that leases and deadlines are counted on: `CLOCK_BOOTTIME`, which goes on while
-//! the machine sleeps. Never compared between machines.
+//! the machine sleeps. Never compared between machines. The wall clock is for people, and for
+//! waits that nothing but patience hangs on.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -15,6 +16,13 @@ pub fn boottime_ns() -> u64 {
         .ok()
         .and_then(|now| u64::try_from(Duration::from(now).as_nanos()).ok())
         .unwrap_or(u64::MAX)
+}
+
+/// Unix milliseconds; 0 on a machine that thinks it is before 1970.
+#[must_use]
+pub(crate) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Changes with each boot of this machine; empty where the kernel does not say.

@@ -31,6 +31,11 @@ pub struct Placement {
     /// puts the VM into [`Phase::Recovering`] with each, and the plan tries again or gives up.
     #[serde(default)]
     pub start_failures: u32,
+    /// After a failed start: not before this moment, in Unix milliseconds of the leader that wrote
+    /// it. A courtesy between tries, never a matter of safety: a leader whose clock makes the wait
+    /// longer than the back-off is writes it anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at_unix_ms: Option<u64>,
     /// Why it is in this phase, where that needs saying.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,

@@ -25,6 +25,19 @@ pub(crate) enum Command {
         /// The node
         node: String,
     },
+    /// Release the VMs of a node that is lost for good
+    ///
+    /// Highly available VMs of a dead node start elsewhere by themselves. All others stay bound to it,
+    /// because only a person can know that its machine is off and runs them no more. Refused while
+    /// the cluster hears the node.
+    #[command(after_help = "Examples:\n  clusterctl node fence node3 --yes-it-is-off")]
+    Fence {
+        /// The node
+        node: String,
+        /// The machine is off (not just cut off), and will not run these VMs again
+        #[arg(long)]
+        yes_it_is_off: bool,
+    },
     /// End `drain`: the node takes VMs again
     #[command(after_help = "Examples:\n  clusterctl node resume node1")]
     Resume {
@@ -50,6 +63,12 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let what = format!("drain node {node}");
             let task = session.call(&what, client.drain(v1::DrainNodeRequest { node })).await?;
             session.finish(&what, &task.task_id).await
+        }
+        Command::Fence { node, yes_it_is_off } => {
+            let what = format!("fence node {node}");
+            let request = v1::FenceNodeRequest { node, machine_is_off: yes_it_is_off };
+            let done = session.call(&what, client.fence(request)).await?;
+            output::print(format, &done, |done| released_table(&done.vms))
         }
         Command::Resume { node } => {
             let what = format!("resume node {node}");
@@ -87,6 +106,22 @@ fn list_table(nodes: &[v1::Node]) -> String {
     let headings =
         ["NODE", "STATE", "LEADER", "VMS", "CPUS", "MEMORY", "HEARD", "KVM", "WATCHDOG", "VERSION"];
     output::columns(headings, rows)
+}
+
+fn released_table(vms: &[v1::ReleasedVm]) -> String {
+    if vms.is_empty() {
+        return "fenced; no VM was bound to it".to_owned();
+    }
+    let rows = vms.iter().map(|vm| {
+        let next = match (vm.ha, vm.bound) {
+            (_, true) => "its files are on that node: it can start nowhere else".to_owned(),
+            (true, false) if vm.phase == "recovering" => "starts elsewhere by itself".to_owned(),
+            (true, false) => "stays as it is".to_owned(),
+            (false, false) => format!("clusterctl vm start {}", vm.vm),
+        };
+        [vm.vm.clone(), yes(vm.ha), vm.phase.clone(), next]
+    });
+    output::columns(["VM", "HA", "STATE", "NEXT"], rows)
 }
 
 fn node_table(node: &v1::Node) -> String {

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use ha_manager::{
-    Action, ClusterState, NodeView, Observations, Plan, Policy, Verdict, VmRef, VmView,
+    Action, ClusterState, NodeView, Now, Observations, Plan, Policy, Verdict, VmRef, VmView,
 };
 use proto::record::{NodeRecord, Phase, Placement, Requested};
 use proto::{Name, NodeId, Revision};
@@ -42,12 +42,13 @@ pub(crate) struct Cluster {
     pub(crate) state: ClusterState,
     pub(crate) observations: Observations,
     pub(crate) policy: Policy,
-    pub(crate) now_ms: u64,
+    pub(crate) now: Now,
 }
 
 impl Cluster {
     /// One line each: `node1 alive|unknown|dead [drained] [fenced] [512MiB]` or
-    /// `vm NAME on node1 PHASE [ha] [local] [down] [256MiB] [failed=N]`.
+    /// `vm NAME on node1 PHASE [ha] [local] [down] [256MiB] [failed=N]
+    /// [retry=UNIX_MS]`.
     pub(crate) fn new(text: &str) -> Self {
         let mut cluster = Self::default();
         text.lines().for_each(|line| cluster.add(line));
@@ -90,13 +91,17 @@ impl Cluster {
     }
 
     pub(crate) fn plan(&self) -> Plan {
-        ha_manager::plan(&self.state, &self.observations, &self.policy, self.now_ms)
+        ha_manager::plan(&self.state, &self.observations, &self.policy, self.now)
     }
 
     /// The plan's actions, a line each.
     pub(crate) fn actions(&self) -> Vec<String> {
         self.plan().actions.iter().map(words).collect()
     }
+}
+
+fn number(flags: &[&str], prefix: &str) -> Option<u64> {
+    flags.iter().find_map(|flag| flag.strip_prefix(prefix)).map(|text| text.parse().unwrap())
 }
 
 fn size(flags: &[&str]) -> Option<u64> {
@@ -116,6 +121,7 @@ fn vm_view(owner: NodeId, phase: Phase, flags: &[&str]) -> VmView {
         "cpus": 1,
         "memory_bytes": size(flags).unwrap_or(256 * MIB),
         "start_failures": failed.map_or(0, |count| count.parse().unwrap()),
+        "retry_at_unix_ms": number(flags, "retry="),
         "message": failed.map(|_| "no such kernel"),
     }))
     .unwrap();
@@ -138,6 +144,9 @@ pub(crate) fn words(action: &Action) -> String {
             format!("migrate {} node{from} -> node{to}", vm_words(vm))
         }
         Action::Reassign { vm, to, .. } => format!("reassign {} to node{to}", vm_words(vm)),
+        Action::Delay { vm, until_unix_ms, .. } => {
+            format!("delay {} until {until_unix_ms}", vm_words(vm))
+        }
         Action::MarkUnplaceable { vm, message } => {
             format!("unplaceable {}: {message}", vm_words(vm))
         }

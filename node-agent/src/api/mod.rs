@@ -5,6 +5,7 @@
 //! itself (`vms` does), decides where one runs (`ha-manager` does).
 
 mod config;
+mod fence;
 pub mod forward;
 mod ha;
 mod membership;

@@ -12,8 +12,8 @@ use proto::v1::ha_client::HaClient;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::nodes_server::Nodes;
 use proto::v1::{
-    DrainNodeRequest, HaStatusRequest, ListNodesRequest, ListNodesResponse, ResumeNodeRequest,
-    ShowNodeRequest, TaskRef,
+    DrainNodeRequest, FenceNodeRequest, FenceNodeResponse, HaStatusRequest, ListNodesRequest,
+    ListNodesResponse, ResumeNodeRequest, ShowNodeRequest, TaskRef,
 };
 use tonic::{Request, Response, Status};
 
@@ -22,7 +22,7 @@ use super::forward::{Caller, leader_channel};
 use crate::node::Node;
 use crate::task::{TaskContext, TaskFailure};
 
-fn unknown(name: &str) -> Status {
+pub(super) fn unknown(name: &str) -> Status {
     Status::not_found(format!("no node `{name}` in this cluster: see `clusterctl node list`"))
 }
 
@@ -89,6 +89,14 @@ impl Nodes for Api {
         *show.extensions_mut() = request.extensions().clone();
         *show.metadata_mut() = request.metadata().clone();
         self.show(show).await
+    }
+
+    async fn fence(
+        &self,
+        request: Request<FenceNodeRequest>,
+    ) -> Result<Response<FenceNodeResponse>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        super::fence::fence(&node, &caller, request.into_inner()).await
     }
 }
 

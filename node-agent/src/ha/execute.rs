@@ -4,14 +4,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::{StoreError, Txn, TxnOutcome};
+use cluster::{Txn, TxnOutcome};
 use ha_manager::{Action, FencedVm, VmRef};
-use proto::record::{FencedRecord, Phase, Placement};
+use proto::record::{FencedRecord, Phase, Placement, Requested};
 use proto::v1::tasks_client::TasksClient;
 use proto::v1::vms_client::VmsClient;
 use proto::v1::{GetTaskRequest, MigrateVmRequest};
 use proto::{NodeId, Revision, keys};
+use tokio::sync::oneshot;
 
+use super::fencing::{Fenced, FencingClaim, carry_out};
 use super::leader::Epoch;
 use super::observe::Snapshot;
 use crate::events::stamped;
@@ -39,11 +41,17 @@ fn with_placement(
     Some(txn.if_revision(key.clone(), vm.mod_revision).put(key, json(&placement)))
 }
 
+/// Carries out one action. Returns when its transaction is settled, except for what may take long
+/// (fencing, moving): that goes on by itself.
 pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Action) {
     let Some(epoch) = node.leader.epoch() else { return };
     match action {
         Action::Fence { node: dead, fenced, vms, reason } => {
-            fence(node, snapshot, epoch, dead, fenced, &vms, &reason).await;
+            let known = fenced != Revision(0);
+            if let Some(claim) = node.leader.begin_fencing(dead, epoch, known) {
+                // Nobody waits: what becomes of it is seen by the next plan.
+                drop(fence(node, snapshot, claim, epoch, dead, fenced, &vms, &reason));
+            }
         }
         Action::Start { vm, to, reason } => {
             let txn = txn_of(epoch).if_absent(keys::fenced(to));
@@ -52,6 +60,14 @@ pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Actio
                 placement.generation = placement.generation.next();
                 placement.phase = Phase::Starting;
                 placement.message = None;
+                placement.retry_at_unix_ms = None;
+                placement.note(stamped(&reason));
+            });
+            commit(node, &vm, &reason, txn).await;
+        }
+        Action::Delay { vm, until_unix_ms, reason } => {
+            let txn = with_placement(txn_of(epoch), snapshot, &vm, |placement| {
+                placement.retry_at_unix_ms = Some(until_unix_ms);
                 placement.note(stamped(&reason));
             });
             commit(node, &vm, &reason, txn).await;
@@ -76,6 +92,7 @@ pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Actio
         Action::MarkError { vm, message } => {
             let txn = with_placement(txn_of(epoch), snapshot, &vm, |placement| {
                 placement.phase = Phase::Error;
+                placement.retry_at_unix_ms = None;
                 placement.note(stamped(&message));
                 placement.message = Some(message.clone());
             });
@@ -108,18 +125,19 @@ async fn commit(node: &Node, vm: &VmRef, reason: &str, txn: Option<Txn>) {
     }
 }
 
-async fn fence(
+/// Fences a node, in a task of its own: its outcome may be long in coming, and everything else
+/// goes on meanwhile.
+#[expect(clippy::too_many_arguments, reason = "an action's fields, and who carries it out")]
+pub(super) fn fence(
     node: &Arc<Node>,
     snapshot: &Snapshot,
+    claim: FencingClaim,
     epoch: Epoch,
     dead: NodeId,
     fenced: Revision,
     vms: &[FencedVm],
     reason: &str,
-) {
-    if !node.leader.begin_fencing(dead, fenced != Revision(0)) {
-        return;
-    }
+) -> oneshot::Receiver<Fenced> {
     let record = FencedRecord { term: epoch.term, by: node.id, reason: reason.to_owned() };
     let key = keys::fenced(dead);
     let mut txn = txn_of(epoch).if_revision(key.clone(), fenced).put(key, json(&record));
@@ -127,6 +145,9 @@ async fn fence(
         let changed = with_placement(txn.clone(), snapshot, vm, |placement| {
             placement.generation = placement.generation.next();
             placement.phase = *phase;
+            if *phase == Phase::Stopped {
+                placement.requested = Requested::Stopped;
+            }
             placement
                 .note(stamped(&format!("{reason}: fenced; generation {}", placement.generation)));
         });
@@ -136,36 +157,11 @@ async fn fence(
     }
     // Named, so that asking again tells the outcome instead of doing it twice.
     let txn = txn.named(format!("fence-{}-{}", node.id, uuid::Uuid::new_v4()), 1);
-    // Until the outcome is known: while it may still be committed, the node gets no lease.
-    let mut may_be_written = false;
-    loop {
-        match node.cluster().txn(txn.clone()).await {
-            Ok(TxnOutcome::Committed { .. }) => {
-                tracing::warn!(node = %dead, "HA: fenced: {reason}");
-                break;
-            }
-            // Either way it is settled: it cannot be committed any more, or was.
-            Ok(TxnOutcome::Conflict { .. }) | Err(StoreError::Forgotten { .. }) => break,
-            Err(error) => {
-                tracing::warn!(node = %dead, "HA: fencing: {error}");
-                may_be_written |= perhaps_written(&error);
-                if !may_be_written {
-                    break;
-                }
-                // As another leader's, it meets that one's epoch and comes to nothing: known.
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        }
-    }
-    node.leader.end_fencing(dead);
-}
-
-/// Whether a transaction that failed so may be in the log.
-fn perhaps_written(error: &StoreError) -> bool {
-    !matches!(
-        error,
-        StoreError::NoQuorum { .. } | StoreError::DiskFull { .. } | StoreError::Invalid(_)
-    )
+    let cluster = node.cluster().clone();
+    carry_out(claim, reason.to_owned(), move || {
+        let (cluster, txn) = (cluster.clone(), txn.clone());
+        async move { cluster.txn(txn).await }
+    })
 }
 
 /// Asks the owner to move the VM, and waits for its task.

@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cluster::{Consistency, Txn};
-use ha_manager::{Attempts, Detector, Observations, Plan, Policy, Timing, Verdict, plan};
+use ha_manager::{Attempts, Detector, Now, Observations, Plan, Policy, Timing, Verdict, plan};
 use proto::record::{FencedRecord, HaLeaderRecord};
 use proto::v1::{HeartbeatRequest, HeartbeatResponse, NodeReport};
 use proto::{Name, NodeId, Revision, keys};
 use tonic::Status;
 
 use super::execute::execute;
+use super::fencing::FencingClaim;
 use super::observe::observe;
+use crate::clock::unix_ms;
 use crate::lease::boottime_ms;
 use crate::node::Node;
 use crate::store::RecordError;
@@ -29,8 +31,8 @@ struct Inner {
     detector: Detector,
     /// Set once this leadership is written: before, no heartbeat is acknowledged.
     epoch: Option<Epoch>,
-    /// Nodes whose fencing was begun and whose outcome is not known.
-    fencing: BTreeSet<NodeId>,
+    /// Nodes whose fencing was begun and whose outcome is not known, and in which leadership.
+    fencing: BTreeMap<NodeId, Epoch>,
     reports: BTreeMap<NodeId, NodeReport>,
     failed_migrations: BTreeMap<Name, Attempts>,
     moving: BTreeSet<Name>,
@@ -62,7 +64,7 @@ impl Leader {
         let inner = Inner {
             detector: Detector::new(me, timing),
             epoch: None,
-            fencing: BTreeSet::new(),
+            fencing: BTreeMap::new(),
             reports: BTreeMap::new(),
             failed_migrations: BTreeMap::new(),
             moving: BTreeSet::new(),
@@ -90,7 +92,7 @@ impl Leader {
             let mut inner = self.lock();
             // Looked at now and again at the end: a fencing that ends in between may have been
             // committed after the record was read.
-            if inner.fencing.contains(&from) {
+            if inner.fencing.contains_key(&from) {
                 return Err(Status::unavailable("this node is being fenced"));
             }
             inner.detector.heard(from, boottime_ms());
@@ -106,7 +108,7 @@ impl Leader {
         if inner.epoch.is_none_or(|epoch| epoch.term != term) {
             return Err(Status::unavailable("this leader was only just elected; ask again"));
         }
-        if inner.fencing.contains(&from) {
+        if inner.fencing.contains_key(&from) {
             return Err(Status::unavailable("this node is being fenced"));
         }
         Ok(HeartbeatResponse {
@@ -159,17 +161,42 @@ impl Leader {
         self.lock().epoch
     }
 
-    /// Begins the fencing of a node: from now on its heartbeats are not acknowledged. `false`: it
-    /// was heard in the meantime, or is being fenced already.
-    pub(super) fn begin_fencing(&self, node: NodeId, known_fenced: bool) -> bool {
+    /// A new leadership may act from now on. Fencings of an earlier one can no longer be committed.
+    pub(super) fn open(&self, epoch: Epoch) {
         let mut inner = self.lock();
-        let dead = matches!(inner.detector.verdict(node, boottime_ms()), Verdict::Dead { .. });
-        (dead || known_fenced) && inner.fencing.insert(node)
+        inner.fencing.clear();
+        inner.epoch = Some(epoch);
     }
 
-    /// The fencing's outcome is known.
-    pub(super) fn end_fencing(&self, node: NodeId) {
-        self.lock().fencing.remove(&node);
+    /// Begins the fencing of a node: from now on its heartbeats are not acknowledged. `None`: it
+    /// was heard in the meantime, is being fenced already, or that leadership is over.
+    pub(super) fn begin_fencing(
+        &self,
+        node: NodeId,
+        epoch: Epoch,
+        known_fenced: bool,
+    ) -> Option<FencingClaim> {
+        let mut inner = self.lock();
+        let dead = matches!(inner.detector.verdict(node, boottime_ms()), Verdict::Dead { .. });
+        let may = inner.epoch == Some(epoch) && (dead || known_fenced);
+        if !may || inner.fencing.contains_key(&node) {
+            return None;
+        }
+        inner.fencing.insert(node, epoch);
+        Some(FencingClaim::new(self.clone(), node, epoch))
+    }
+
+    /// The outcome of the fencing that this leadership began is known.
+    pub(super) fn end_fencing(&self, node: NodeId, epoch: Epoch) {
+        let mut inner = self.lock();
+        if inner.fencing.get(&node) == Some(&epoch) {
+            inner.fencing.remove(&node);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_being_fenced(&self, node: NodeId) -> bool {
+        self.lock().fencing.contains_key(&node)
     }
 
     /// Begins a move that the plan asked for. `false`: it is under way.
@@ -239,16 +266,13 @@ async fn lead_once(node: &Arc<Node>) -> Result<(), Status> {
     let term = confirmed.map_err(|error| Status::unavailable(error.to_string()))?;
     node.leader.lock().detector.lead(term, boottime_ms());
     if node.leader.epoch().is_none_or(|epoch| epoch.term != term) {
-        let epoch = open_epoch(node, term).await?;
-        let mut inner = node.leader.lock();
-        // Fencings of an earlier epoch can no longer be committed.
-        inner.fencing.clear();
-        inner.epoch = Some(epoch);
+        node.leader.open(open_epoch(node, term).await?);
         tracing::info!(term, "this node leads the cluster and its HA");
     }
     let snapshot = observe(node).await?;
     let observations = node.leader.observations(snapshot.state.nodes.keys().copied());
-    let plan = plan(&snapshot.state, &observations, &Policy::default(), boottime_ms());
+    let now = Now { boottime_ms: boottime_ms(), unix_ms: unix_ms() };
+    let plan = plan(&snapshot.state, &observations, &Policy::default(), now);
     let actions = plan.actions.clone();
     node.leader.lock().plan = plan;
     for action in actions {

@@ -12,11 +12,14 @@
 //! Owns: the detector, the last plan, the executor. Never: decides what to do (`ha-manager` does),
 //! starts or stops a VM process (the owner's reconciler does).
 
+mod by_hand;
 mod execute;
+mod fencing;
 mod leader;
 mod observe;
 mod remote;
 
+pub use by_hand::fence_by_hand;
 pub use leader::{Leader, NodeLook, run};
 pub use observe::{Snapshot, movable, observe};
 pub use remote::observations;

@@ -247,6 +247,7 @@ fn placement(ha: bool) -> Placement {
         message: None,
         events: Vec::new(),
         start_failures: 0,
+        retry_at_unix_ms: None,
     }
 }
 

@@ -159,6 +159,7 @@ mod tests {
             message: None,
             events: Vec::new(),
             start_failures: 0,
+            retry_at_unix_ms: None,
         }
     }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt as _;
 use proto::v1::{Task, TaskProgress, TaskUpdate, task_update};
@@ -13,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use super::{KEPT_MAX, LOG_MAX};
+use crate::clock::unix_ms;
 
 /// Numbers that one write of the mark reserves.
 const BLOCK: u64 = 64;
@@ -26,6 +26,9 @@ pub enum TaskFailure {
     /// It was cancelled, and everything is as before.
     #[error("cancelled")]
     Cancelled,
+    /// Something else that was asked for took its place: who and what. Ends as cancelled, too.
+    #[error("cancelled: {0}")]
+    Overruled(String),
 }
 
 impl From<tonic::Status> for TaskFailure {
@@ -83,11 +86,6 @@ pub struct TaskContext {
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
     inner.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn now_unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Splits a task id into the node that runs it and its number there.
@@ -165,7 +163,7 @@ impl TaskStore {
             subject: subject.to_owned(),
             state: "running".to_owned(),
             node: self.shared.node_name.to_string(),
-            started_unix_ms: now_unix_ms(),
+            started_unix_ms: unix_ms(),
             user: user.to_owned(),
             ..Task::default()
         };
@@ -326,7 +324,7 @@ impl TaskContext {
         }
         self.entry.state.send_modify(|state| {
             let task = &mut state.task;
-            task.ended_unix_ms = Some(now_unix_ms());
+            task.ended_unix_ms = Some(unix_ms());
             match outcome {
                 Ok(result) => {
                     task.state = "done".to_owned();
@@ -337,6 +335,10 @@ impl TaskContext {
                     task.error = error;
                 }
                 Err(TaskFailure::Cancelled) => task.state = "cancelled".to_owned(),
+                Err(TaskFailure::Overruled(why)) => {
+                    task.state = "cancelled".to_owned();
+                    task.error = why;
+                }
             }
         });
     }

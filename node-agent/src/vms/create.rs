@@ -54,6 +54,7 @@ pub async fn create(
         message: None,
         events: vec![stamped(&format!("created by {} on {}", caller.user, node.name_of(owner)))],
         start_failures: 0,
+        retry_at_unix_ms: None,
     };
     if request.dry_run {
         let vm = proto::v1::Vm {
@@ -184,6 +185,7 @@ pub(super) fn fits(
             message: None,
             events: Vec::new(),
             start_failures: 0,
+            retry_at_unix_ms: None,
         },
         mod_revision: Revision(0),
         movable: true,

@@ -83,6 +83,7 @@ async fn request(
                 placement.phase = Phase::Starting;
                 placement.requested = Requested::Started;
                 placement.start_failures = 0;
+                placement.retry_at_unix_ms = None;
                 placement.message = None;
                 placement.note(stamped(&format!("start on {to_name} asked by {}", caller.user)));
                 Ok(())

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use cluster::Consistency;
-use proto::record::{Placement, Requested};
+use proto::record::{Phase, Placement, Requested};
 use proto::{Name, keys, v1};
 use tonic::Status;
 
 use super::unknown_vm;
+use crate::clock::unix_ms;
 use crate::node::Node;
 use crate::store::{RecordError, Versioned};
 use crate::supervisor::VmState;
@@ -30,10 +31,24 @@ fn view(node: &Node, name: &Name, placement: &Versioned<Placement>, document: St
         cpus: value.cpus,
         memory_bytes: value.memory_bytes,
         document,
-        message: value.message.clone().unwrap_or_default(),
+        message: message(value, unix_ms()),
         revision: placement.revision.0,
         paused: here.is_some_and(|vm| vm.state == VmState::Paused),
         events: value.events.clone(),
+    }
+}
+
+/// Why the VM is in its phase, and when a start that failed is tried again.
+fn message(placement: &Placement, now_unix_ms: u64) -> String {
+    let message = placement.message.clone().unwrap_or_default();
+    let left_ms = placement.retry_at_unix_ms.map(|at| at.saturating_sub(now_unix_ms));
+    match (placement.phase, left_ms) {
+        (Phase::Recovering | Phase::Unplaceable, Some(left_ms)) => {
+            let failures = placement.start_failures;
+            let left_s = left_ms.div_ceil(1_000);
+            format!("{message}; {failures} starts failed, tried again in {left_s} s")
+        }
+        _ => message,
     }
 }
 
