@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use futures::Stream;
 use futures::stream::BoxStream;
-use proto::v1::config_server::ConfigServer;
 use proto::v1::enrolment_server::EnrolmentServer;
 use proto::v1::membership_server::MembershipServer;
 use proto::v1::raft_server::RaftServer;
-use proto::{NodeId, Revision, v1};
+use proto::{NodeId, Revision, keys, v1};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -16,15 +15,20 @@ use tonic::{Request, Status};
 
 use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
 use crate::node::Node;
-use crate::service::{ConfigService, EnrolmentService, MembershipService, public};
+use crate::service::{EnrolmentService, MembershipService};
 use crate::tls::{self, Admit, TlsConnection};
 use crate::{
-    Consistency, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError, RangeResult,
-    StoreError, Txn, TxnOutcome, WatchBatch, WatchError, membership,
+    Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
+    RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError, membership,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
 const MESSAGE_MAX: usize = 64 << 20;
+
+/// Refuses private keys.
+fn public(key: &str) -> Result<(), StoreError> {
+    if key.starts_with(keys::PRIV) { Err(StoreError::Private(key.to_owned())) } else { Ok(()) }
+}
 
 /// A member of a cluster; cheap to clone.
 #[derive(Debug, Clone)]
@@ -87,6 +91,48 @@ impl Cluster {
         consistency: Consistency,
     ) -> Result<RangeResult, StoreError> {
         self.node.range(prefix, after, limit, consistency, false).await
+    }
+    /// One key as it was right after a revision. That is the same wherever it is read; a revision
+    /// that this node has not applied yet is waited for, within the request timeout.
+    ///
+    /// # Errors
+    /// [`ReadAtError::Compacted`]: it is too long ago.
+    pub async fn get_at(
+        &self,
+        key: &str,
+        revision: Revision,
+    ) -> Result<Option<KeyValue>, ReadAtError> {
+        public(key)?;
+        self.node.get_at(key, revision).await
+    }
+    /// As [`Cluster::range`], right after a revision.
+    ///
+    /// # Errors
+    /// [`ReadAtError::Compacted`]: it is too long ago.
+    pub async fn range_at(
+        &self,
+        prefix: &str,
+        after: &str,
+        limit: usize,
+        revision: Revision,
+    ) -> Result<RangeResult, ReadAtError> {
+        self.node.range_at(prefix, after, limit, revision).await
+    }
+    /// Who changed what, the newest first: of one key (`exact`) or of all keys with a prefix.
+    /// Before a revision (0: up to now); about `limit` changes (0: 100, at most 1000), fewer where
+    /// they are large. As fresh as a quorum confirms; without one, what this node has applied.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn history(
+        &self,
+        prefix: &str,
+        exact: bool,
+        before: Revision,
+        limit: usize,
+    ) -> Result<History, StoreError> {
+        public(prefix)?;
+        self.node.history(prefix, exact, before, limit).await
     }
     /// Proposes a transaction wherever the leader is, and repeats it safely until its outcome is
     /// known or the request timeout (5 s) is over.
@@ -247,18 +293,13 @@ impl Cluster {
     }
 }
 
-/// Services to mount, and connections to serve them on: the first three (with the agent's own) on
+/// Services to mount, and connections to serve them on: the first two (with the agent's own) on
 /// [`Cluster::incoming`] and the local socket (without Raft), the last on [`Cluster::enrol_incoming`].
 impl Cluster {
     /// Raft's messages. For nodes only; it checks that itself.
     #[must_use]
     pub fn raft_service(&self) -> RaftServer<RaftService> {
         RaftServer::new(RaftService::new(self.node.clone())).max_decoding_message_size(MESSAGE_MAX)
-    }
-    /// The store.
-    #[must_use]
-    pub fn config_service(&self) -> ConfigServer<ConfigService> {
-        ConfigServer::new(ConfigService::new(self.node.clone()))
     }
     /// Status, tokens, removal, client certificates.
     #[must_use]

@@ -18,8 +18,8 @@ pub struct ClusterConfig {
     pub request_timeout: Duration,
     /// Below this much free space under `data_dir` the node takes no log entries, bytes.
     pub min_free_bytes: u64,
-    /// How many revisions of history stay readable (and can be watched from).
-    pub history_revisions: u64,
+    /// How much history stays readable.
+    pub retention: Retention,
     /// Log entries between two snapshots.
     pub snapshot_every: u64,
     /// Log entries kept behind a snapshot for followers that lag a little.
@@ -37,9 +37,32 @@ impl ClusterConfig {
             timings: RaftTimings::default(),
             request_timeout: Duration::from_secs(5),
             min_free_bytes: 32 << 20,
-            history_revisions: 100_000,
+            retention: Retention::default(),
             snapshot_every: 20_000,
             snapshot_keep: 5_000,
+        }
+    }
+}
+
+/// How much history is kept. The leader's settings count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// Versions of each of people's files that stay, however old they are. Of a file that was
+    /// deleted nothing stays longer than `file_age`.
+    pub file_versions: u64,
+    /// How long every version of people's files stays.
+    pub file_age: Duration,
+    /// Revisions of the store for which the changes of the system's own records (`status/`,
+    /// `priv/`) stay: enough for a watch to go on where it was interrupted.
+    pub system_revisions: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            file_versions: 100,
+            file_age: Duration::from_secs(90 * 24 * 3600),
+            system_revisions: 10_000,
         }
     }
 }

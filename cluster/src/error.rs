@@ -77,13 +77,32 @@ pub enum StoreError {
 /// The first revision that was asked for is no longer kept.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error(
-    "revision {asked} is compacted: the history begins at {oldest}; read the present state and watch from its revision + 1"
+    "revision {asked} is compacted: the history begins at {oldest}; read the present state, and watch from its revision + 1"
 )]
 pub struct Compacted {
     /// First revision wanted.
     pub asked: Revision,
     /// First revision that is kept.
     pub oldest: Revision,
+}
+
+/// A read of the past that was not answered.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadAtError {
+    /// That long ago is not kept.
+    #[error(transparent)]
+    Compacted(#[from] Compacted),
+    /// The store has not come that far.
+    #[error("revision {asked} does not exist yet: the store is at {present}")]
+    Future {
+        /// What was asked for.
+        asked: Revision,
+        /// The store's revision.
+        present: Revision,
+    },
+    /// The store cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Why a watch ended, or could not begin.

@@ -32,15 +32,16 @@ pub mod tls;
 mod types;
 
 pub use cluster::Cluster;
-pub use config::{ClusterConfig, RaftTimings};
+pub use config::{ClusterConfig, RaftTimings, Retention};
 pub use consensus::RaftService;
 pub use error::{
-    Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, StoreError, WatchError,
+    Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,
+    StoreError, WatchError,
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
-pub use service::{ConfigService, EnrolmentService, MembershipService};
+pub use service::{EnrolmentService, MembershipService};
 pub use types::{
-    Consistency, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome, WatchBatch,
-    WatchEvent, Write,
+    Change, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome,
+    WatchBatch, WatchEvent, Write,
 };

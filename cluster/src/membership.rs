@@ -55,6 +55,7 @@ pub(crate) async fn write_first_records(
     name: &Name,
 ) -> Result<(), InitError> {
     let txn = Txn::new()
+        .by("system")
         .if_absent(key("ca"))
         .put(key("ca"), to_json(ca)?)
         .put(key("next-node-id"), to_json(&2u64)?)

@@ -25,7 +25,7 @@ pub enum Opened {
 /// A locked data folder that belongs to no cluster.
 #[derive(Debug)]
 pub struct Uninitialized {
-    config: ClusterConfig,
+    config: Box<ClusterConfig>,
     lock: Mutex<Option<FolderLock>>,
     /// One attempt at a time.
     busy: AsyncMutex<()>,
@@ -46,7 +46,7 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
     }
     let Some(identity) = Identity::load(folder)? else {
         return Ok(Opened::Fresh(Uninitialized {
-            config,
+            config: Box::new(config),
             lock: Mutex::new(Some(lock)),
             busy: AsyncMutex::new(()),
         }));
@@ -153,7 +153,7 @@ impl Uninitialized {
                 }
             }
             let db = open_db(&self.config, lock).await?;
-            let started = node::start(self.config.clone(), identity, db.clone()).await;
+            let started = node::start((*self.config).clone(), identity, db.clone()).await;
             if started.is_err() {
                 db.close();
             }

@@ -41,6 +41,7 @@ pub struct Txn {
     pub(crate) compares: Vec<(String, Revision)>,
     pub(crate) writes: Vec<Write>,
     pub(crate) dedup: Option<(String, u64)>,
+    pub(crate) author: String,
 }
 
 /// One write of a transaction.
@@ -95,6 +96,13 @@ impl Txn {
     #[must_use]
     pub fn named(mut self, client: impl Into<String>, sequence: u64) -> Self {
         self.dedup = Some((client.into(), sequence));
+        self
+    }
+    /// Says who asked for it, for the history: the name in a client's certificate, `node NAME`, or
+    /// `system`. Without this it is `node NAME` of the node that proposes it.
+    #[must_use]
+    pub fn by(mut self, author: impl Into<String>) -> Self {
+        self.author = author.into();
         self
     }
     /// Every key it names.
@@ -164,6 +172,35 @@ pub enum WatchEvent {
     },
 }
 
+/// One change in the history of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// The transaction's revision.
+    pub revision: Revision,
+    /// When, by the wall clock of the node that proposed it, milliseconds since 1970. For people.
+    pub at_ms: u64,
+    /// Who, see [`Txn::by`].
+    pub author: String,
+    /// Which key.
+    pub path: String,
+    /// What it was set to; None: it was deleted.
+    pub content: Option<Vec<u8>>,
+    /// The key's change before this one; 0: there was none, or it was forgotten before this one.
+    /// What it was then is [`Cluster::get_at`](crate::Cluster::get_at) this revision.
+    pub previous_revision: Revision,
+}
+
+/// Changes, the newest first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// All changes of a revision that were asked for are here, or none.
+    pub changes: Vec<Change>,
+    /// Where to go on for older ones; None: these are all that are kept.
+    pub next_before: Option<Revision>,
+    /// Older changes than this may be missing: the history before is compacted.
+    pub compacted: Revision,
+}
+
 /// A member as the Raft configuration knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
@@ -197,6 +234,19 @@ impl From<KeyValue> for v1::KeyValue {
             value: kv.value,
             create_revision: kv.create_revision.0,
             mod_revision: kv.mod_revision.0,
+        }
+    }
+}
+
+impl From<Change> for v1::Change {
+    fn from(change: Change) -> Self {
+        Self {
+            revision: change.revision.0,
+            at_ms: change.at_ms,
+            author: change.author,
+            path: change.path,
+            content: change.content,
+            previous_revision: change.previous_revision.0,
         }
     }
 }

@@ -9,7 +9,6 @@ use std::time::Duration;
 use cluster::{JoinError, OpenError, Opened, open};
 use common::{LIMIT, Lab, Outcome, TestNode};
 use proto::v1;
-use proto::v1::config_client::ConfigClient;
 use proto::v1::enrolment_client::EnrolmentClient;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::raft_client::RaftClient;
@@ -160,23 +159,6 @@ async fn clients_get_what_their_certificate_is_good_for() -> Outcome {
     let good = dial(&api, &ca, &any, Some(mine.clone()))?;
     let status = MembershipClient::new(good.clone()).status(v1::ClusterStatusRequest {}).await?;
     assert!(status.get_ref().quorum);
-    let mut config = ConfigClient::new(good.clone());
-    let put = |key: &str| v1::TxnRequest {
-        writes: vec![v1::WriteOp {
-            op: Some(v1::write_op::Op::Put(v1::Put { key: key.to_owned(), value: b"x".to_vec() })),
-        }],
-        ..v1::TxnRequest::default()
-    };
-    assert!(config.txn(put("vms/a.toml")).await?.get_ref().succeeded);
-    for key in ["priv/ca", "status/vms/a"] {
-        let refused = config.txn(put(key)).await.err().ok_or(key)?;
-        assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{key}");
-    }
-    let secret = v1::GetRequest { key: "priv/ca".to_owned(), consistency: 1 };
-    assert_eq!(
-        config.get(secret).await.err().map(|s| s.code()),
-        Some(tonic::Code::PermissionDenied)
-    );
     let mut raft = RaftClient::new(good);
     let vote = raft.vote(v1::RaftMessage { payload: vec![1, 2, 3] }).await;
     assert_eq!(vote.err().map(|s| s.code()), Some(tonic::Code::PermissionDenied));

@@ -244,7 +244,9 @@ fn a_member_that_was_away_for_long_catches_up_by_snapshot() -> Outcome {
     let mut lab = Lab::with(3, |config| {
         config.snapshot_every = 100;
         config.snapshot_keep = 10;
-        config.history_revisions = 50;
+        config.retention.system_revisions = 50;
+        config.retention.file_versions = 1;
+        config.retention.file_age = Duration::ZERO;
     })?;
     let leader = lab.leader()?;
     let away = (leader + 1) % 3;

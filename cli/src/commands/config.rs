@@ -88,7 +88,11 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
     match command {
         Command::Get { key, stale } => {
             let what = format!("read {key}");
-            let request = v1::GetRequest { key: key.clone(), consistency: consistency(stale) };
+            let request = v1::GetRequest {
+                key: key.clone(),
+                consistency: consistency(stale),
+                at_revision: 0,
+            };
             let answer = session.call(&what, client.get(request)).await?;
             let Some(kv) = answer.kv else {
                 return Err(Failure::new(Exit::NotFound, format!("there is no key {key}"))
@@ -132,7 +136,13 @@ async fn list(
     let mut entries: Vec<Entry> = Vec::new();
     loop {
         let after = entries.last().map(|entry| entry.key.clone()).unwrap_or_default();
-        let request = v1::RangeRequest { prefix: prefix.clone(), limit: PAGE, consistency, after };
+        let request = v1::RangeRequest {
+            prefix: prefix.clone(),
+            limit: PAGE,
+            consistency,
+            after,
+            at_revision: 0,
+        };
         let page = session.call("list keys", client.range(request)).await?;
         let more = page.more && !page.kvs.is_empty();
         entries.extend(page.kvs.into_iter().map(Entry::from));

@@ -22,5 +22,5 @@ pub use service::RaftService;
 pub(crate) use service::{Forward, Forwarded};
 pub(crate) use snapshot::clean_up;
 pub(crate) use start::start;
-pub(crate) use state::{StateMachine, position};
+pub(crate) use state::{Applied, StateMachine, position};
 pub(crate) use types::{MemberNode, Metrics, Raft};

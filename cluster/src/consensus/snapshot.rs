@@ -1,6 +1,6 @@
 //! Snapshots as files: the state's rows in key order, table by table, read and written in pieces.
 //!
-//! Layout, numbers little-endian: `HFSNAP1\n`, length (4) and bytes of the meta (postcard of Raft's
+//! Layout, numbers little-endian: `HFSNAP2\n`, length (4) and bytes of the meta (postcard of Raft's
 //! snapshot meta), then rows: table (1, its place in `Table::ALL`), key length (4), value length
 //! (4), key, value; then 0xff, the number of rows (8), and the CRC-32 of all before it (4).
 
@@ -14,7 +14,7 @@ use super::types::SnapshotMeta;
 use crate::machine::{Table, decode, encode};
 use crate::storage::Db;
 
-const MAGIC: &[u8; 8] = b"HFSNAP1\n";
+const MAGIC: &[u8; 8] = b"HFSNAP2\n";
 const END: u8 = 0xff;
 /// Longer keys or values than the store allows mean damage; checked before memory is taken.
 const PART_MAX: usize = 64 << 20;

@@ -2,15 +2,12 @@
 
 use std::io;
 
-use super::command::{Command, ConflictKv, Reply, TxnCommand};
+use super::command::{Command, ConflictKv, KeyWrite, Reply, TxnCommand};
 use super::dedup::{self, Known};
 use super::{
-    HistoryEvent, Overlay, Read, Record, Table, compacted, decode, encode, history_key, revision,
+    Overlay, Place, Read, Record, Table, Version, VersionHead, compact, decode, encode, folders,
+    journal_key, newest, revision, version_key,
 };
-
-/// History rows that one compaction command removes at most: a long history goes in steps, and no
-/// single entry holds up those behind it.
-const COMPACT_ROWS_MAX: usize = 4096;
 
 /// Applies one committed command at its log index.
 ///
@@ -23,7 +20,10 @@ pub(crate) fn apply<R: Read>(
 ) -> io::Result<Reply> {
     match command {
         Command::Txn(txn) => apply_txn(state, index, txn),
-        Command::Compact { before } => compact(state, *before),
+        Command::Compact { lane, before, keep } => {
+            compact::compact(state, *lane, *before, *keep)?;
+            Ok(Reply::None)
+        }
     }
 }
 
@@ -61,44 +61,59 @@ fn execute<R: Read>(state: &mut Overlay<'_, R>, txn: &TxnCommand) -> io::Result<
     if !failed.is_empty() {
         return Ok(Reply::Conflict { revision: last, conflicts: present(failed) });
     }
-    let next = last + 1;
-    let mut position = 0u32;
-    for (key, value) in &txn.writes {
-        if write(state, next, position, key, value.as_deref())? {
-            position += 1;
+    let mut at = Place::first_of(last + 1);
+    for KeyWrite { key, value } in &txn.writes {
+        if write(state, txn, at, key, value.as_deref())? {
+            at.position += 1;
         }
     }
-    if position == 0 {
+    if at.position == 0 {
         return Ok(Reply::Committed { revision: last });
     }
-    state.put(Table::Machine, b"revision", encode(&next)?);
-    Ok(Reply::Committed { revision: next })
+    state.put(Table::Machine, b"revision", encode(&at.revision)?);
+    Ok(Reply::Committed { revision: at.revision })
 }
 
 /// One write; false where nothing changed (a delete of an absent key).
 fn write<R: Read>(
     state: &mut Overlay<'_, R>,
-    revision: u64,
-    position: u32,
+    txn: &TxnCommand,
+    at: Place,
     key: &str,
     value: Option<&[u8]>,
 ) -> io::Result<bool> {
     let old = record(state, key)?;
-    let create_revision = match (&old, value) {
-        (None, None) => return Ok(false),
-        (Some(old), _) => old.create_revision,
-        (None, Some(_)) => revision,
+    if old.is_none() && value.is_none() {
+        return Ok(false);
+    }
+    let create_revision = old.as_ref().map_or(at.revision, |old| old.create_revision);
+    let (previous_revision, last) = match &old {
+        Some(old) => (old.mod_revision, old.ordinal),
+        // It may have existed before.
+        None => newest(state, key)?.map_or((0, 0), |(revision, found)| (revision, found.ordinal)),
     };
     match value {
         Some(value) => {
-            let record = Record { create_revision, mod_revision: revision, value: value.to_vec() };
+            let (mod_revision, value) = (at.revision, value.to_vec());
+            let record = Record { create_revision, mod_revision, ordinal: last + 1, value };
             state.put(Table::Data, key.as_bytes(), encode(&record)?);
         }
         None => state.delete(Table::Data, key.as_bytes()),
     }
-    let event =
-        HistoryEvent { key: key.to_owned(), value: value.map(<[u8]>::to_vec), create_revision };
-    state.put(Table::History, &history_key(revision, position), encode(&event)?);
+    let head = VersionHead {
+        deleted: value.is_none(),
+        create_revision,
+        previous_revision,
+        ordinal: last + 1,
+        position: at.position,
+        author: txn.author.clone(),
+        at_ms: txn.at_ms,
+    };
+    let version = Version { head, value: value.map(<[u8]>::to_vec) };
+    state.put(Table::Versions, &version_key(key, at.revision), encode(&version)?);
+    for folder in folders(key) {
+        state.put(Table::Journal, &journal_key(folder, at), key.as_bytes().to_vec());
+    }
     Ok(true)
 }
 
@@ -131,30 +146,4 @@ fn present(failed: Vec<(String, Option<Record>)>) -> Vec<ConflictKv> {
             mod_revision: record.mod_revision,
         })
         .collect()
-}
-
-/// Forgets history before a revision (never the last one), in whole revisions.
-fn compact<R: Read>(state: &mut Overlay<'_, R>, before: u64) -> io::Result<Reply> {
-    let (first, last) = (compacted(state)?, revision(state)?);
-    let before = before.min(last);
-    if before <= first {
-        return Ok(Reply::None);
-    }
-    // From the very first row: a revision larger than one step leaves rows behind.
-    let (from, to) = (history_key(0, 0), history_key(before, 0));
-    let rows = state.scan(Table::History, &from, Some(&to), COMPACT_ROWS_MAX)?;
-    let all = rows.len() < COMPACT_ROWS_MAX;
-    let mut kept_from = before;
-    if !all && let Some((key, _)) = rows.last() {
-        // The last revision seen may not be complete and stays whole for the next step, unless it
-        // alone fills this one: then it is given up, and its other rows go with the next.
-        kept_from = super::history_revision(key)?.max(first + 1);
-    }
-    for (key, _) in rows {
-        if super::history_revision(&key)? < kept_from {
-            state.delete(Table::History, &key);
-        }
-    }
-    state.put(Table::Machine, b"compacted", encode(&kept_from)?);
-    Ok(Reply::None)
 }

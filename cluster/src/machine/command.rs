@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Lane;
 use crate::{Txn, Write};
 
 /// Longest key, bytes.
@@ -15,16 +16,22 @@ pub(crate) const OPS_MAX: usize = 8192;
 pub(crate) const TXN_MAX: usize = 3 << 20;
 /// Longest client name, bytes.
 const CLIENT_MAX: usize = 128;
+/// Longest author, bytes.
+const AUTHOR_MAX: usize = 128;
 
 /// A log entry's payload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Command {
     /// Compare, then write.
     Txn(TxnCommand),
-    /// Forget history before a revision, at most some rows of it per command.
+    /// Forget history of one lane, at most some rows of it per command.
     Compact {
-        /// First revision to keep.
+        /// Which keys' history.
+        lane: Lane,
+        /// First revision that stays whole: everything from it on can be read and watched.
         before: u64,
+        /// Versions of each key that stay, however old they are.
+        keep: u64,
     },
 }
 
@@ -33,11 +40,23 @@ pub(crate) enum Command {
 pub(crate) struct TxnCommand {
     /// Key and mod_revision (0: absent).
     pub(crate) compares: Vec<(String, u64)>,
-    /// Key and value (None: delete).
-    pub(crate) writes: Vec<(String, Option<Vec<u8>>)>,
+    pub(crate) writes: Vec<KeyWrite>,
     /// Client and sequence; an empty client is not remembered.
     pub(crate) client: String,
     pub(crate) sequence: u64,
+    /// Who asked for it; for people.
+    pub(crate) author: String,
+    /// The proposer's wall clock, milliseconds since 1970; for people. Nothing here decides by it.
+    pub(crate) at_ms: u64,
+}
+
+/// One key's write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct KeyWrite {
+    pub(crate) key: String,
+    /// None: delete.
+    #[serde(with = "serde_bytes")]
+    pub(crate) value: Option<Vec<u8>>,
 }
 
 /// What applying a command came to.
@@ -57,6 +76,7 @@ pub(crate) enum Reply {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ConflictKv {
     pub(crate) key: String,
+    #[serde(with = "serde_bytes")]
     pub(crate) value: Vec<u8>,
     pub(crate) create_revision: u64,
     pub(crate) mod_revision: u64,
@@ -73,7 +93,9 @@ impl std::fmt::Display for Command {
                 txn.compares.len(),
                 txn.writes.len()
             ),
-            Self::Compact { before } => write!(f, "compact before {before}"),
+            Self::Compact { lane, before, keep } => {
+                write!(f, "compact {lane:?} before {before}, keep {keep}")
+            }
         }
     }
 }
@@ -98,12 +120,14 @@ impl From<Txn> for TxnCommand {
                 .writes
                 .into_iter()
                 .map(|write| match write {
-                    Write::Put { key, value } => (key, Some(value)),
-                    Write::Delete { key } => (key, None),
+                    Write::Put { key, value } => KeyWrite { key, value: Some(value) },
+                    Write::Delete { key } => KeyWrite { key, value: None },
                 })
                 .collect(),
             client,
             sequence,
+            author: txn.author,
+            at_ms: 0,
         }
     }
 }
@@ -116,14 +140,20 @@ pub(crate) fn validate(txn: &TxnCommand) -> Result<(), String> {
     if txn.client.len() > CLIENT_MAX {
         return Err(format!("a client's name has at most {CLIENT_MAX} bytes"));
     }
+    if txn.author.len() > AUTHOR_MAX || txn.author.chars().any(char::is_control) {
+        return Err(format!(
+            "an author's name has at most {AUTHOR_MAX} bytes and no control characters"
+        ));
+    }
     let mut total = 0;
-    let keys = txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|(key, _)| key));
+    let keys =
+        txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|write| &write.key));
     for key in keys {
         valid_key(key)?;
         total += key.len();
     }
     let mut written = std::collections::BTreeSet::new();
-    for (key, value) in &txn.writes {
+    for KeyWrite { key, value } in &txn.writes {
         if !written.insert(key) {
             return Err(format!("`{key}` is written twice in one transaction"));
         }

@@ -5,17 +5,17 @@ use std::io;
 
 use proptest::prelude::*;
 
+use super::command::KeyWrite;
 use super::{
-    Command, HistoryEvent, Overlay, Read, Record, Reply, Table, TxnCommand, apply, compacted,
-    decode, history_key, history_revision, revision,
+    Command, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode, revision,
 };
 
 /// Created, modified, value, by key.
-type Data = BTreeMap<String, (u64, u64, Vec<u8>)>;
+pub(super) type Data = BTreeMap<String, (u64, u64, Vec<u8>)>;
 
 /// Rows in memory.
 #[derive(Debug, Default, Clone, PartialEq)]
-struct Rows(BTreeMap<(Table, Vec<u8>), Vec<u8>>);
+pub(super) struct Rows(pub(super) BTreeMap<(Table, Vec<u8>), Vec<u8>>);
 
 impl Read for Rows {
     fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
@@ -27,16 +27,28 @@ impl Read for Rows {
         from: &[u8],
         to: Option<&[u8]>,
         limit: usize,
-    ) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    ) -> io::Result<Vec<Row>> {
         let rows = self.0.range((table, from.to_vec())..);
         let inside =
             rows.take_while(|((t, key), _)| *t == table && to.is_none_or(|to| key.as_slice() < to));
         Ok(inside.take(limit).map(|((_, key), value)| (key.clone(), value.clone())).collect())
     }
+    fn scan_back(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        limit: usize,
+    ) -> io::Result<Vec<Row>> {
+        let mut rows = self.scan(table, from, Some(to), usize::MAX)?;
+        rows.reverse();
+        rows.truncate(limit);
+        Ok(rows)
+    }
 }
 
 impl Rows {
-    fn apply(&mut self, index: u64, command: &Command) -> io::Result<Reply> {
+    pub(super) fn apply(&mut self, index: u64, command: &Command) -> io::Result<Reply> {
         let mut state = Overlay::new(self);
         let reply = apply(&mut state, index, command)?;
         for (key, value) in state.into_changes() {
@@ -48,7 +60,7 @@ impl Rows {
         Ok(reply)
     }
 
-    fn data(&self) -> io::Result<Data> {
+    pub(super) fn data(&self) -> io::Result<Data> {
         let rows = self.scan(Table::Data, b"", None, usize::MAX)?;
         rows.into_iter()
             .map(|(key, value)| {
@@ -86,7 +98,7 @@ impl Model {
 
     fn write(&mut self, txn: &TxnCommand) -> u64 {
         let next = self.revision + 1;
-        for (key, value) in &txn.writes {
+        for KeyWrite { key, value } in &txn.writes {
             match value {
                 Some(value) => {
                     let created = self.data.get(key).map_or(next, |(created, _, _)| *created);
@@ -114,7 +126,15 @@ fn txns() -> impl Strategy<Value = Vec<TxnCommand>> {
     let compares = prop::collection::vec((key(), 0u64..12), 0..2);
     let named = prop_oneof![Just((String::new(), 0)), ("[cd]", 1u64..6)];
     let txn = (compares, writes, named).prop_map(|(compares, writes, (client, sequence))| {
-        TxnCommand { compares, writes: writes.into_iter().collect(), client, sequence }
+        let (author, at_ms) = (String::new(), 0);
+        TxnCommand {
+            compares,
+            writes: writes.into_iter().map(|(key, value)| KeyWrite { key, value }).collect(),
+            client,
+            sequence,
+            author,
+            at_ms,
+        }
     });
     prop::collection::vec(txn, 0..60)
 }
@@ -123,7 +143,6 @@ proptest! {
     #[test]
     fn the_store_is_the_model(txns in txns()) {
         let (mut rows, mut model) = (Rows::default(), Model::default());
-        let mut replayed: BTreeMap<String, (u64, Vec<u8>)> = BTreeMap::new();
         for (index, txn) in (1u64..).zip(&txns) {
             let before = revision(&rows)?;
             let reply = rows.apply(index, &Command::Txn(txn.clone()))?;
@@ -137,23 +156,14 @@ proptest! {
             prop_assert_eq!(revision(&rows)?, model.revision);
             prop_assert_eq!(&rows.data()?, &model.data);
         }
-        // History alone, played back, gives the data.
-        for (row, value) in rows.scan(Table::History, b"", None, usize::MAX)? {
-            let event: HistoryEvent = decode(&value)?;
-            match event.value {
-                Some(value) => replayed.insert(event.key, (history_revision(&row)?, value)),
-                None => replayed.remove(&event.key),
-            };
-        }
-        let data: BTreeMap<_, _> =
-            model.data.into_iter().map(|(key, (_, modified, value))| (key, (modified, value))).collect();
-        prop_assert_eq!(replayed, data);
     }
 }
 
 fn put(client: &str, sequence: u64) -> Command {
-    let writes = vec![("k".to_owned(), Some(sequence.to_le_bytes().to_vec()))];
-    Command::Txn(TxnCommand { compares: Vec::new(), writes, client: client.to_owned(), sequence })
+    let value = Some(sequence.to_le_bytes().to_vec());
+    let writes = vec![KeyWrite { key: "k".to_owned(), value }];
+    let (client, author) = (client.to_owned(), "ann".to_owned());
+    Command::Txn(TxnCommand { compares: Vec::new(), writes, client, sequence, author, at_ms: 0 })
 }
 
 #[test]
@@ -179,26 +189,5 @@ fn the_dedup_table_is_bounded() -> io::Result<()> {
     assert!(kept <= 3 * 4096, "{kept} rows");
     // The latest are still known.
     assert_eq!(rows.apply(6000, &put("client-5000", 1))?, Reply::Committed { revision: 5000 });
-    Ok(())
-}
-
-#[test]
-fn compaction_keeps_whole_revisions_and_the_data() -> io::Result<()> {
-    let mut rows = Rows::default();
-    for index in 1..=6000 {
-        rows.apply(index, &put("", index))?;
-    }
-    let data = rows.data()?;
-    let mut index = 6000;
-    while compacted(&rows)? < 5990 {
-        index += 1;
-        let before = compacted(&rows)?;
-        rows.apply(index, &Command::Compact { before: 5990 })?;
-        assert!(compacted(&rows)? > before, "no progress");
-    }
-    let left = rows.scan(Table::History, b"", None, usize::MAX)?;
-    assert_eq!(left.first().map(|(key, _)| key.clone()), Some(history_key(5990, 0).to_vec()));
-    assert_eq!(left.len(), 11);
-    assert_eq!(rows.data()?, data);
     Ok(())
 }

@@ -8,8 +8,10 @@ use std::io;
 pub(crate) enum Table {
     /// Latest values.
     Data,
-    /// Changes by revision.
-    History,
+    /// What changed when, by folder.
+    Journal,
+    /// Every version of every key that is kept.
+    Versions,
     /// Outcomes of named transactions.
     Dedup,
     /// Counters, and the log position the state belongs to.
@@ -18,7 +20,8 @@ pub(crate) enum Table {
 
 impl Table {
     /// All of them, in the order of their numbers in snapshots.
-    pub(crate) const ALL: [Self; 4] = [Self::Data, Self::History, Self::Dedup, Self::Machine];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Data, Self::Journal, Self::Versions, Self::Dedup, Self::Machine];
 }
 
 /// A consistent view of the state.
@@ -32,8 +35,14 @@ pub(crate) trait Read {
         from: &[u8],
         to: Option<&[u8]>,
         limit: usize,
-    ) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>>;
+    ) -> io::Result<Vec<Row>>;
+    /// Up to `limit` rows with `from <= key < to`, the last key first.
+    fn scan_back(&self, table: Table, from: &[u8], to: &[u8], limit: usize)
+    -> io::Result<Vec<Row>>;
 }
+
+/// Key and value.
+pub(crate) type Row = (Vec<u8>, Vec<u8>);
 
 /// Changes by table and key; None: the row goes.
 pub(crate) type Changes = BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>>;
@@ -78,22 +87,50 @@ impl<R: Read> Read for Overlay<'_, R> {
         from: &[u8],
         to: Option<&[u8]>,
         limit: usize,
-    ) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-        let changed: Vec<_> = self
-            .changes
+    ) -> io::Result<Vec<Row>> {
+        let changed = self.changed(table, from, to);
+        // Each removed row can hide one of the base.
+        let base = self.base.scan(table, from, to, limit.saturating_add(removed(&changed)))?;
+        Ok(merge(base, changed).into_iter().take(limit).collect())
+    }
+
+    fn scan_back(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        limit: usize,
+    ) -> io::Result<Vec<Row>> {
+        let changed = self.changed(table, from, Some(to));
+        let base = self.base.scan_back(table, from, to, limit.saturating_add(removed(&changed)))?;
+        Ok(merge(base, changed).into_iter().rev().take(limit).collect())
+    }
+}
+
+/// Changed rows of one range, in key order.
+type Changed<'a> = Vec<(&'a Vec<u8>, &'a Option<Vec<u8>>)>;
+
+impl<R> Overlay<'_, R> {
+    fn changed(&self, table: Table, from: &[u8], to: Option<&[u8]>) -> Changed<'_> {
+        self.changes
             .range((table, from.to_vec())..)
             .take_while(|((t, key), _)| *t == table && to.is_none_or(|to| key.as_slice() < to))
-            .collect();
-        let removed = changed.iter().filter(|(_, value)| value.is_none()).count();
-        // Each removed row can hide one of the base.
-        let base = self.base.scan(table, from, to, limit.saturating_add(removed))?;
-        let mut rows: BTreeMap<Vec<u8>, Vec<u8>> = base.into_iter().collect();
-        for ((_, key), value) in changed {
-            match value {
-                Some(value) => rows.insert(key.clone(), value.clone()),
-                None => rows.remove(key),
-            };
-        }
-        Ok(rows.into_iter().take(limit).collect())
+            .map(|((_, key), value)| (key, value))
+            .collect()
     }
+}
+
+fn removed(changed: &Changed<'_>) -> usize {
+    changed.iter().filter(|(_, value)| value.is_none()).count()
+}
+
+fn merge(base: Vec<Row>, changed: Changed<'_>) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let mut rows: BTreeMap<Vec<u8>, Vec<u8>> = base.into_iter().collect();
+    for (key, value) in changed {
+        match value {
+            Some(value) => rows.insert(key.clone(), value.clone()),
+            None => rows.remove(key),
+        };
+    }
+    rows
 }

@@ -12,40 +12,95 @@ use super::{Read, Table};
 pub(crate) struct Record {
     pub(crate) create_revision: u64,
     pub(crate) mod_revision: u64,
+    /// Counts the key's versions, see [`Version`].
+    pub(crate) ordinal: u64,
+    #[serde(with = "serde_bytes")]
     pub(crate) value: Vec<u8>,
 }
 
-/// One write of one transaction.
+/// What one write made of a key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct HistoryEvent {
-    pub(crate) key: String,
+pub(crate) struct Version {
+    /// Before the value: it is read without it.
+    pub(crate) head: VersionHead,
     /// None: deleted.
+    #[serde(with = "serde_bytes")]
     pub(crate) value: Option<Vec<u8>>,
+}
+
+/// Who wrote a version when, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VersionHead {
+    pub(crate) deleted: bool,
     pub(crate) create_revision: u64,
+    /// The key's version before this one (0: none was kept).
+    pub(crate) previous_revision: u64,
+    /// Rises by one with each of the key's versions.
+    pub(crate) ordinal: u64,
+    /// Place among its transaction's writes.
+    pub(crate) position: u32,
+    pub(crate) author: String,
+    pub(crate) at_ms: u64,
 }
 
-/// Where a write stands in History.
-pub(crate) fn history_key(revision: u64, position: u32) -> [u8; 12] {
-    let mut key = [0; 12];
-    key[..8].copy_from_slice(&revision.to_be_bytes());
-    key[8..].copy_from_slice(&position.to_be_bytes());
-    key
+/// Ends the text part of a row's key: no key of the store contains it.
+const TEXT_END: u8 = 0;
+
+/// Where a version of a key stands in Versions.
+pub(crate) fn version_key(key: &str, revision: u64) -> Vec<u8> {
+    [key.as_bytes(), &[TEXT_END], &revision.to_be_bytes()].concat()
 }
 
-/// The revision of a History key.
-pub(crate) fn history_revision(key: &[u8]) -> io::Result<u64> {
-    let bytes = key.get(..8).and_then(|head| <[u8; 8]>::try_from(head).ok());
-    bytes.map(u64::from_be_bytes).ok_or_else(|| damaged("a history key is too short"))
+/// The revision of a row in Versions, and its key.
+pub(crate) fn version_of(row: &[u8]) -> io::Result<(&str, u64)> {
+    let (key, tail) = split_tail(row, 8)?;
+    let revision = tail.try_into().map(u64::from_be_bytes);
+    Ok((key, revision.map_err(|_| damaged("a version's key is too short"))?))
+}
+
+/// Where a write stands in one folder's part of the Journal.
+pub(crate) fn journal_key(folder: &str, at: Place) -> Vec<u8> {
+    let (revision, position) = (at.revision.to_be_bytes(), at.position.to_be_bytes());
+    [folder.as_bytes(), &[TEXT_END], &revision, &position].concat()
+}
+
+/// Where in the order of all writes a row of the Journal stands.
+pub(crate) fn place_of(row: &[u8]) -> io::Result<Place> {
+    let (_, tail) = split_tail(row, 12)?;
+    let (revision, position) = tail.split_at(8);
+    match (revision.try_into(), position.try_into()) {
+        (Ok(revision), Ok(position)) => Ok(Place {
+            revision: u64::from_be_bytes(revision),
+            position: u32::from_be_bytes(position),
+        }),
+        _ => Err(damaged("a journal key is too short")),
+    }
+}
+
+fn split_tail(row: &[u8], tail: usize) -> io::Result<(&str, &[u8])> {
+    let short = || damaged("a row's key is too short");
+    let cut = row.len().checked_sub(tail + 1).ok_or_else(short)?;
+    let text = row.get(..cut).and_then(|text| std::str::from_utf8(text).ok());
+    Ok((text.ok_or_else(|| damaged("a row's key is not text"))?, &row[cut + 1..]))
+}
+
+/// A write's place in the order of all writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Place {
+    pub(crate) revision: u64,
+    pub(crate) position: u32,
+}
+
+impl Place {
+    /// Before all writes of a revision.
+    pub(crate) fn first_of(revision: u64) -> Self {
+        Self { revision, position: 0 }
+    }
 }
 
 /// The store's last revision.
 pub(crate) fn revision(read: &impl Read) -> io::Result<u64> {
     number(read, b"revision")
-}
-
-/// The first revision that History still has whole.
-pub(crate) fn compacted(read: &impl Read) -> io::Result<u64> {
-    Ok(number(read, b"compacted")?.max(1))
 }
 
 pub(super) fn number(read: &impl Read, name: &[u8]) -> io::Result<u64> {
@@ -60,12 +115,18 @@ pub(crate) fn encode<T: Serialize>(row: &T) -> io::Result<Vec<u8>> {
     postcard::to_stdvec(row).map_err(|error| damaged(&error.to_string()))
 }
 
+/// Decodes a row in Versions up to its value.
+pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<VersionHead> {
+    let head = postcard::take_from_bytes(bytes).map_err(|error| damaged(&error.to_string()))?;
+    Ok(head.0)
+}
+
 /// Decodes a row.
 pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
     postcard::from_bytes(bytes).map_err(|error| damaged(&error.to_string()))
 }
 
-fn damaged(detail: &str) -> io::Error {
+pub(super) fn damaged(detail: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("damaged row in the database: {detail}"))
 }
 

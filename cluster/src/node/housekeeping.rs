@@ -4,14 +4,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Node;
+use super::{Node, retention};
 use crate::consensus::lead;
-use crate::machine::{Command, compacted, revision};
 use crate::{Leadership, StoreError};
 
 const EVERY: Duration = Duration::from_secs(1);
-/// History is compacted when it is this much longer than wanted, so that it is done in bulk.
-const SLACK: u64 = 1024;
 
 /// Starts the member's own tasks.
 pub(super) fn spawn(node: &Arc<Node>) -> Vec<tokio::task::JoinHandle<()>> {
@@ -92,24 +89,10 @@ async fn each_second(node: Arc<Node>) {
                 continue;
             }
             lead::promote(&node.raft, node.silence_limit()).await;
-            compact(&node).await;
+            retention::keep(&node).await;
         } else {
             turn += 1;
             node.say_hello(turn).await;
         }
     }
-}
-
-async fn compact(node: &Node) {
-    let Ok((oldest, last)) = node.db.view(|view| Ok((compacted(view)?, revision(view)?))) else {
-        return;
-    };
-    let keep = node.config.history_revisions;
-    if last.saturating_sub(oldest) <= keep.saturating_add(SLACK.min(keep)) {
-        return;
-    }
-    let command = Command::Compact { before: last.saturating_sub(keep) };
-    let (limit, silence) = (node.config.request_timeout, node.silence_limit());
-    let answer = lead::propose(&node.raft, command, limit, silence).await;
-    tracing::debug!(?answer, "history compaction");
 }

@@ -3,8 +3,11 @@
 mod housekeeping;
 mod lead;
 mod members;
+mod past;
 mod read;
+mod retention;
 mod run;
+mod watches;
 mod write;
 
 use std::sync::Arc;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use proto::Revision;
 
@@ -10,10 +11,20 @@ use crate::consensus::{Forward, Forwarded};
 use crate::machine::{Reply, TxnCommand, validate};
 use crate::{KeyValue, StoreError, Txn, TxnOutcome};
 
+/// Milliseconds since 1970 by this machine's clock.
+pub(super) fn unix_now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Node {
     /// Commits a transaction, on any key.
     pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
         let mut command = TxnCommand::from(txn);
+        if command.author.is_empty() {
+            command.author = format!("node {}", self.identity.record.node_name);
+        }
+        command.at_ms = unix_now_ms();
         validate(&command).map_err(StoreError::Invalid)?;
         if command.client.is_empty() {
             command.client.clone_from(&self.client);

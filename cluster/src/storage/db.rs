@@ -16,7 +16,7 @@ use rocksdb::{
 use super::flush::Flusher;
 use super::{FolderLock, boot_id, free_bytes};
 use crate::OpenError;
-use crate::machine::{Read, Table};
+use crate::machine::{self, Read, Table};
 
 /// Column families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,12 +32,13 @@ pub(crate) enum Cf {
 }
 
 impl Cf {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Local,
         Self::Log,
         Self::Vote,
         Self::Table(Table::Data),
-        Self::Table(Table::History),
+        Self::Table(Table::Journal),
+        Self::Table(Table::Versions),
         Self::Table(Table::Dedup),
         Self::Table(Table::Machine),
     ];
@@ -48,14 +49,15 @@ impl Cf {
             Self::Log => "log",
             Self::Vote => "vote",
             Self::Table(Table::Data) => "data",
-            Self::Table(Table::History) => "history",
+            Self::Table(Table::Journal) => "journal",
+            Self::Table(Table::Versions) => "versions",
             Self::Table(Table::Dedup) => "dedup",
             Self::Table(Table::Machine) => "machine",
         }
     }
 }
 
-const FORMAT: &[u8] = b"1";
+const FORMAT: &[u8] = b"2";
 /// With less room than this nothing at all is written any more.
 const LAST_BYTES: u64 = 4 << 20;
 
@@ -396,7 +398,7 @@ impl Read for View<'_> {
         from: &[u8],
         to: Option<&[u8]>,
         limit: usize,
-    ) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    ) -> io::Result<Vec<machine::Row>> {
         let mut found = Vec::new();
         for row in self.rows(table, from)?.take(limit) {
             let (key, value) = row?;
@@ -406,6 +408,28 @@ impl Read for View<'_> {
             found.push((key, value.into_vec()));
         }
         Ok(found)
+    }
+
+    fn scan_back(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        limit: usize,
+    ) -> io::Result<Vec<machine::Row>> {
+        let state = self.state.to_be_bytes();
+        let bound = |key: &[u8]| [state.as_slice(), key].concat();
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(bound(from));
+        options.set_iterate_upper_bound(bound(to));
+        let cf = handle(self.rocks, Cf::Table(table))?;
+        let rows = self.snapshot.iterator_cf_opt(cf, options, IteratorMode::End);
+        rows.take(limit)
+            .map(|row| {
+                let (key, value) = row.map_err(io_error)?;
+                Ok((key.get(4..).unwrap_or_default().to_vec(), value.into_vec()))
+            })
+            .collect()
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DATA/lock            held while an agent runs; holds its process id
-//! DATA/db/             RocksDB: column families log, vote, data, history, dedup, machine, default
+//! DATA/db/             RocksDB: column families log, vote, default, and one per table of the machine
 //! DATA/snapshots/      at most one snapshot being kept, and those being received
 //! ```
 //!

@@ -1,7 +1,7 @@
 //! `Config`: the key-value store itself, for people and tools. Records and documents that have a
 //! service of their own are read here, and written there.
 
-use cluster::{Consistency, KeyValue, Txn, TxnOutcome, WatchError, WatchEvent};
+use cluster::{Consistency, KeyValue, ReadAtError, Txn, TxnOutcome, WatchError, WatchEvent};
 use futures::StreamExt as _;
 use proto::v1::config_server::Config;
 use proto::v1::{self, watch_event, write_op};
@@ -83,6 +83,12 @@ impl Config for Api {
         Caller::of(&request)?;
         let (node, message) = (self.node()?, request.into_inner());
         check_read(&message.key)?;
+        if message.at_revision != 0 {
+            let revision = Revision(message.at_revision);
+            let kv = node.cluster().get_at(&message.key, revision).await.map_err(past_status)?;
+            let (kv, revision) = (kv.map(Into::into), revision.0);
+            return Ok(Response::new(v1::GetResponse { kv, revision }));
+        }
         let got = node.cluster().get(&message.key, consistency(message.consistency)).await;
         let (kv, revision) = got.map_err(|error| store_status(&error))?;
         Ok(Response::new(v1::GetResponse { kv: kv.map(Into::into), revision: revision.0 }))
@@ -96,9 +102,14 @@ impl Config for Api {
         let (node, message) = (self.node()?, request.into_inner());
         check_read(&message.prefix)?;
         let limit = usize::try_from(message.limit).unwrap_or(usize::MAX);
-        let consistency = consistency(message.consistency);
-        let got = node.cluster().range(&message.prefix, &message.after, limit, consistency).await;
-        let range = got.map_err(|error| store_status(&error))?;
+        let (prefix, after) = (&message.prefix, &message.after);
+        let range = if message.at_revision == 0 {
+            let got = node.cluster().range(prefix, after, limit, consistency(message.consistency));
+            got.await.map_err(|error| store_status(&error))?
+        } else {
+            let revision = Revision(message.at_revision);
+            node.cluster().range_at(prefix, after, limit, revision).await.map_err(past_status)?
+        };
         Ok(Response::new(v1::RangeResponse {
             kvs: range.kvs.into_iter().filter(visible).map(Into::into).collect(),
             revision: range.revision.0,
@@ -110,9 +121,8 @@ impl Config for Api {
         &self,
         request: Request<v1::TxnRequest>,
     ) -> Result<Response<v1::TxnResponse>, Status> {
-        Caller::of(&request)?;
-        let node = self.node()?;
-        let txn = txn(request.into_inner())?;
+        let (caller, node) = (Caller::of(&request)?, self.node()?);
+        let txn = txn(request.into_inner())?.by(caller.user);
         let outcome = node.cluster().txn(txn).await.map_err(|error| store_status(&error))?;
         let revision = outcome.revision().0;
         Ok(Response::new(match outcome {
@@ -124,6 +134,25 @@ impl Config for Api {
                 revision,
                 conflicts: conflicts.into_iter().filter(visible).map(Into::into).collect(),
             },
+        }))
+    }
+
+    async fn history(
+        &self,
+        request: Request<v1::HistoryRequest>,
+    ) -> Result<Response<v1::HistoryResponse>, Status> {
+        Caller::of(&request)?;
+        let (node, message) = (self.node()?, request.into_inner());
+        check_read(&message.prefix)?;
+        let before = Revision(message.before_revision);
+        let limit = usize::try_from(message.limit).unwrap_or(usize::MAX);
+        let found = node.cluster().history(&message.prefix, message.exact, before, limit).await;
+        let history = found.map_err(|error| store_status(&error))?;
+        Ok(Response::new(v1::HistoryResponse {
+            changes: history.changes.into_iter().map(Into::into).collect(),
+            compacted_revision: history.compacted.0,
+            more: history.next_before.is_some(),
+            next_before_revision: history.next_before.map_or(0, |revision| revision.0),
         }))
     }
 
@@ -157,6 +186,15 @@ fn event_of(event: WatchEvent, revision: u64) -> Option<v1::WatchEvent> {
         WatchEvent::Put(_) | WatchEvent::Deleted { .. } => return None,
     };
     Some(v1::WatchEvent { event: Some(event) })
+}
+
+fn past_status(error: ReadAtError) -> Status {
+    match error {
+        ReadAtError::Compacted(_) | ReadAtError::Future { .. } => {
+            Status::out_of_range(error.to_string())
+        }
+        ReadAtError::Store(error) => store_status(&error),
+    }
 }
 
 fn watch_status(error: &WatchError) -> Status {
