@@ -5,7 +5,6 @@ use std::sync::Arc;
 use futures::Stream;
 use futures::stream::BoxStream;
 use proto::v1::enrolment_server::EnrolmentServer;
-use proto::v1::membership_server::MembershipServer;
 use proto::v1::raft_server::RaftServer;
 use proto::{NodeId, Revision, keys, v1};
 use tokio::net::TcpListener;
@@ -15,11 +14,12 @@ use tonic::{Request, Status};
 
 use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
 use crate::node::Node;
-use crate::service::{EnrolmentService, MembershipService};
+use crate::service::EnrolmentService;
 use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
     RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError, membership,
+    removal,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -219,13 +219,13 @@ impl Cluster {
     ) -> Result<v1::CreateTokenResponse, MembershipError> {
         membership::create_token(&self.node, ttl_s).await
     }
-    /// Takes a node out of the cluster. It learns so and stops serving. The caller has checked
-    /// that it owns no VMs.
+    /// Takes a node (name or id) out of the cluster, unless it owns VMs. It learns so and stops
+    /// serving. What interrupted it, asking again ends it.
     ///
     /// # Errors
     /// [`MembershipError`]
-    pub async fn remove_node(&self, node: NodeId) -> Result<(), MembershipError> {
-        membership::remove_node(&self.node, node).await
+    pub async fn remove_node(&self, node: &str) -> Result<(), MembershipError> {
+        removal::remove_node(&self.node, node).await
     }
     /// A client certificate for a PEM certificate request.
     ///
@@ -293,18 +293,13 @@ impl Cluster {
     }
 }
 
-/// Services to mount, and connections to serve them on: the first two (with the agent's own) on
-/// [`Cluster::incoming`] and the local socket (without Raft), the last on [`Cluster::enrol_incoming`].
+/// Services to mount, and connections to serve them on: the first (with the agent's own) on
+/// [`Cluster::incoming`], the last on [`Cluster::enrol_incoming`].
 impl Cluster {
     /// Raft's messages. For nodes only; it checks that itself.
     #[must_use]
     pub fn raft_service(&self) -> RaftServer<RaftService> {
         RaftServer::new(RaftService::new(self.node.clone())).max_decoding_message_size(MESSAGE_MAX)
-    }
-    /// Status, tokens, removal, client certificates.
-    #[must_use]
-    pub fn membership_service(&self) -> MembershipServer<MembershipService> {
-        MembershipServer::new(MembershipService::new(self.node.clone()))
     }
     /// For joining nodes.
     #[must_use]

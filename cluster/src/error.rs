@@ -157,6 +157,15 @@ pub enum OpenError {
         /// What the system said.
         detail: String,
     },
+    /// The node was taken out of its cluster.
+    #[error(
+        "this node was removed from its cluster; to use it again, empty {} and join anew",
+        path.display()
+    )]
+    Removed {
+        /// The data folder.
+        path: PathBuf,
+    },
     /// Files that belong together are not all there, or written by a newer version.
     #[error("{}: {detail}", path.display())]
     Unusable {
@@ -252,6 +261,17 @@ pub enum MembershipError {
         "node {0} is the only member; to end the cluster stop the agent and empty its data folder"
     )]
     LastNode(NodeId),
+    /// They would be nobody's.
+    #[error(
+        "node `{node}` still owns VMs: {}; move them away with `clusterctl node drain {node}`, or delete them, first",
+        vms.join(", ")
+    )]
+    OwnsVms {
+        /// Who was to go.
+        node: String,
+        /// Some of them.
+        vms: Vec<String>,
+    },
     /// A node was asked to remove itself: it could not see the removal through.
     #[error(
         "node {0} cannot remove itself: once it is no member it cannot finish the removal; ask another node for it"

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Owns: the data folder (lock, key, certificate, database, snapshots), the Raft instance, the
-//! gRPC services `Raft`, `Config`, `Membership`, `Enrolment`. Never: VMs, HA decisions, listening
+//! gRPC services `Raft`, `Enrolment`. Never: VMs, HA decisions, listening
 //! sockets (the agent binds them and mounts the services).
 //!
 //! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
@@ -26,7 +26,9 @@ mod machine;
 mod membership;
 mod node;
 mod open;
+mod removal;
 mod service;
+mod status;
 mod storage;
 pub mod tls;
 mod types;
@@ -40,7 +42,7 @@ pub use error::{
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
-pub use service::{EnrolmentService, MembershipService};
+pub use service::EnrolmentService;
 pub use types::{
     Change, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome,
     WatchBatch, WatchEvent, Write,

@@ -1,7 +1,6 @@
 //! Forming and changing the cluster: typed layers on the store's transactions.
 //!
-//! Keys: `priv/ca`, `priv/tokens/ID`, `priv/next-node-id`, `priv/names/NAME` (a name is taken),
-//! `priv/removed/ID` (never to be given again, and to be told so).
+//! Keys: `priv/ca`, `priv/tokens/ID`, `priv/next-node-id`, `priv/names/NAME` (a name is taken).
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +12,7 @@ use tonic::Status;
 use crate::consensus::{Forward, Forwarded, MemberNode};
 use crate::identity::token::{Token, TokenRecord, TokenUse};
 use crate::identity::{Ca, request_key_hash};
-use crate::node::{Node, removed_key};
+use crate::node::Node;
 use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
 
 /// How far a joining node's clock may be off, seconds.
@@ -29,7 +28,7 @@ fn key(rest: &str) -> String {
 fn token_key(id: &str) -> String {
     key(&format!("tokens/{id}"))
 }
-fn name_key(name: &str) -> String {
+pub(crate) fn name_key(name: &str) -> String {
     key(&format!("names/{name}"))
 }
 
@@ -38,11 +37,11 @@ pub(crate) fn unix_now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
+pub(crate) fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
     serde_json::to_vec(value).map_err(|error| StoreError::Invalid(error.to_string()))
 }
 
-fn from_json<T: DeserializeOwned>(kv: &KeyValue) -> Result<T, StoreError> {
+pub(crate) fn from_json<T: DeserializeOwned>(kv: &KeyValue) -> Result<T, StoreError> {
     serde_json::from_slice(&kv.value).map_err(|error| StoreError::Failed {
         why: format!("the record `{}` is damaged: {error}", kv.key),
     })
@@ -123,50 +122,6 @@ pub(crate) async fn issue_client(
     Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
 }
 
-/// Takes a node out. Repeating it finishes what an interrupted attempt began.
-pub(crate) async fn remove_node(node: &Node, id: NodeId) -> Result<(), MembershipError> {
-    if id == node.id() {
-        let alone = node.members().len() <= 1;
-        let refusal = if alone { MembershipError::LastNode } else { MembershipError::Itself };
-        return Err(refusal(id));
-    }
-    let limit = node.config().request_timeout * 2;
-    let deadline = Instant::now() + limit;
-    let name = node.members().into_iter().find(|member| member.node_id == id).map(|m| m.name);
-    let answer = match node.ask_leader(Forward::Remove { id: id.0 }, deadline).await {
-        Err(StoreError::UnknownOutcome { .. }) => return Err(MembershipError::Timeout(limit)),
-        answer => answer?,
-    };
-    match answer {
-        Forwarded::Done => {}
-        // Gone from Raft already: an earlier attempt may have got no further.
-        Forwarded::UnknownNode if name.is_some() || known_once(node, id).await? => {}
-        Forwarded::UnknownNode => return Err(MembershipError::UnknownNode(id.to_string())),
-        Forwarded::LastNode => return Err(MembershipError::LastNode(id)),
-        Forwarded::QuorumAtRisk { left, voters } => {
-            return Err(MembershipError::QuorumAtRisk { node: id, left, voters });
-        }
-        Forwarded::DiskFull { folder, free_bytes } => {
-            return Err(StoreError::DiskFull { path: folder.into(), free_bytes }.into());
-        }
-        other => return Err(StoreError::UnknownOutcome { why: format!("{other:?}") }.into()),
-    }
-    let mut txn = Txn::new().put(removed_key(id), to_json(&name)?);
-    for taken in node.range(&name_key(""), "", 0, Consistency::Linearizable, true).await?.kvs {
-        if from_json::<u64>(&taken)? == id.0 {
-            txn = txn.delete(taken.key);
-        }
-    }
-    node.txn(txn).await?;
-    Ok(())
-}
-
-async fn known_once(node: &Node, id: NodeId) -> Result<bool, StoreError> {
-    let next = read(node, &key("next-node-id")).await?;
-    let given = next.map(|kv| from_json::<u64>(&kv)).transpose()?.unwrap_or(0);
-    Ok(id.0 > 0 && id.0 < given)
-}
-
 /// Lets a node in that brings a good token.
 pub(crate) async fn enrol(
     node: &Node,
@@ -189,7 +144,7 @@ pub(crate) async fn enrol(
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     let id = admit(node, &request, &name, &key_hash).await?;
-    let ca = ca(node).await.map_err(status_of)?;
+    let ca = ca(node).await?;
     let record = &node.identity().record;
     let certificate_pem = ca
         .sign_node(&record.cluster_id, id, &request.csr_pem)
@@ -201,7 +156,7 @@ pub(crate) async fn enrol(
     };
     let add = Forward::AddLearner { id: id.0, node: member };
     let deadline = Instant::now() + node.config().request_timeout;
-    match node.ask_leader(add, deadline).await.map_err(status_of)? {
+    match node.ask_leader(add, deadline).await? {
         Forwarded::Done => {}
         other => return Err(Status::unavailable(format!("the node was not added: {other:?}"))),
     }
@@ -244,8 +199,8 @@ async fn admit(
     }
     let token_key = token_key(&request.token_id);
     for _ in 0..ATTEMPTS {
-        let kv = read(node, &token_key).await.map_err(status_of)?.ok_or_else(unknown)?;
-        let mut record: TokenRecord = from_json(&kv).map_err(status_of)?;
+        let kv = read(node, &token_key).await?.ok_or_else(unknown)?;
+        let mut record: TokenRecord = from_json(&kv)?;
         if !record.matches(&request.token_secret) {
             return Err(unknown());
         }
@@ -264,26 +219,26 @@ async fn admit(
                 "the join token has expired; make a new one with `clusterctl cluster token create`",
             ));
         }
-        let taken = read(node, &name_key(name.as_str())).await.map_err(status_of)?;
+        let taken = read(node, &name_key(name.as_str())).await?;
         if taken.is_some() {
             return Err(Status::already_exists(format!(
                 "a node named `{name}` is in the cluster already; choose another name, or remove that node first"
             )));
         }
         let next_key = key("next-node-id");
-        let next = read(node, &next_key).await.map_err(status_of)?;
+        let next = read(node, &next_key).await?;
         let next = next.ok_or_else(|| Status::internal("the node counter is missing"))?;
-        let id: u64 = from_json(&next).map_err(status_of)?;
+        let id: u64 = from_json(&next)?;
         let (node_name, key_hash) = (name.to_string(), key_hash.to_owned());
         record.used = Some(TokenUse { node_id: id, node_name, key_hash });
         let txn = Txn::new()
             .if_revision(token_key.as_str(), kv.mod_revision)
             .if_revision(next_key.as_str(), next.mod_revision)
             .if_absent(name_key(name.as_str()))
-            .put(token_key.as_str(), to_json(&record).map_err(status_of)?)
-            .put(next_key, to_json(&(id + 1)).map_err(status_of)?)
-            .put(name_key(name.as_str()), to_json(&id).map_err(status_of)?);
-        if node.txn(txn).await.map_err(status_of)?.committed() {
+            .put(token_key.as_str(), to_json(&record)?)
+            .put(next_key, to_json(&(id + 1))?)
+            .put(name_key(name.as_str()), to_json(&id)?);
+        if node.txn(txn).await?.committed() {
             return Ok(NodeId(id));
         }
     }
@@ -339,36 +294,5 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         revision: node.revision(),
         initialized: true,
         failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
-    }
-}
-
-/// An error as gRPC says it.
-pub(crate) fn status_of(error: StoreError) -> Status {
-    let text = error.to_string();
-    match error {
-        StoreError::NoQuorum { .. } | StoreError::Recovering | StoreError::Shutdown => {
-            Status::unavailable(text)
-        }
-        StoreError::UnknownOutcome { .. } => Status::deadline_exceeded(text),
-        StoreError::Forgotten { .. } => Status::out_of_range(text),
-        StoreError::Invalid(_) => Status::invalid_argument(text),
-        StoreError::Private(_) => Status::permission_denied(text),
-        StoreError::DiskFull { .. } => Status::resource_exhausted(text),
-        StoreError::Failed { .. } => Status::internal(text),
-        StoreError::Removed => Status::failed_precondition(text),
-    }
-}
-
-/// An error as gRPC says it.
-pub(crate) fn membership_status(error: MembershipError) -> Status {
-    let text = error.to_string();
-    match error {
-        MembershipError::UnknownNode(_) => Status::not_found(text),
-        MembershipError::QuorumAtRisk { .. }
-        | MembershipError::LastNode(_)
-        | MembershipError::Itself(_) => Status::failed_precondition(text),
-        MembershipError::Invalid(_) => Status::invalid_argument(text),
-        MembershipError::Timeout(_) => Status::deadline_exceeded(text),
-        MembershipError::Store(error) => status_of(error),
     }
 }

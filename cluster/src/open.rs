@@ -39,10 +39,7 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
     let lock = FolderLock::take(&config.data_dir)?;
     let folder = &config.data_dir;
     if folder.join("removed").exists() {
-        return Err(OpenError::Unusable {
-            path: folder.clone(),
-            detail: "this node was removed from its cluster; to use it again, empty the folder and join anew".to_owned(),
-        });
+        return Err(OpenError::Removed { path: folder.clone() });
     }
     let Some(identity) = Identity::load(folder)? else {
         return Ok(Opened::Fresh(Uninitialized {

@@ -453,16 +453,20 @@ impl Planner<'_> {
         self.explain(name, "no node can take it".to_owned(), no_place.0);
     }
 
-    /// Moves VMs away from a node in maintenance.
+    /// Moves VMs away from a node in maintenance. Those that run nowhere leave it also when it does
+    /// not answer: it is drained to be removed, most likely.
     fn plan_drain(&mut self, name: &Name, vm: &VmView, slots: &mut usize) {
         let from = vm.placement.owner;
-        if self.node_state(from) != NodeState::Maintenance || self.plan.report.contains_key(name) {
+        let view = self.placer.state.nodes.get(&from);
+        let drained = view.is_some_and(|view| view.record.maintenance);
+        if !drained || self.plan.report.contains_key(name) {
             return;
         }
         let runs = match vm.placement.phase {
-            Phase::Started => true,
+            Phase::Started if self.node_state(from) == NodeState::Maintenance => true,
             Phase::Stopped | Phase::Error => false,
-            Phase::Starting
+            Phase::Started
+            | Phase::Starting
             | Phase::Stopping
             | Phase::Migrating { .. }
             | Phase::Recovering

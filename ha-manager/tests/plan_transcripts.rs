@@ -199,6 +199,26 @@ fn a_drain_moves_so_many_at_once() {
 }
 
 #[test]
+fn what_runs_nowhere_leaves_a_drained_node_that_is_gone() {
+    let cluster = Cluster::new(
+        "node1 dead drained fenced\nnode2 alive\nnode3 unknown drained
+         vm off on node1 stopped down ha
+         vm plain on node3 stopped down
+         vm bad on node3 error
+         vm local on node3 stopped down local
+         vm runs on node3 started",
+    );
+    assert_eq!(
+        cluster.actions(),
+        [
+            "reassign bad g3 r40 to node2",
+            "reassign off g3 r40 to node2",
+            "reassign plain g3 r40 to node2"
+        ]
+    );
+}
+
+#[test]
 fn a_failed_migration_of_a_drain_backs_off() {
     let mut cluster = Cluster::new("node1 alive drained\nnode2 alive\nvm a on node1 started");
     let attempts = Attempts { failures: 2, last_ms: 1_000 };

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use cluster::{Cluster, ClusterConfig, Opened, RaftTimings, Uninitialized};
+use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError, Uninitialized};
 use ha_manager::Timing;
 use proto::Name;
 use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
@@ -36,6 +36,20 @@ use crate::task::TaskStore;
 use crate::watchdog::Watchdog;
 use crate::{ha, hardware, reconcile, telemetry};
 
+/// The exit status of [`Ended::Removed`]. The systemd unit does not start the agent again after it.
+pub const EXIT_REMOVED: u8 = 3;
+
+/// Why the agent ended by itself.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Ended {
+    /// The node was removed from its cluster: to start the agent again changes nothing.
+    #[error("{0}")]
+    Removed(String),
+    /// A member that cannot go on.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// How long the agent waits for its listeners and threads when it ends.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
@@ -48,7 +62,7 @@ pub struct Agent {
     fresh: Mutex<Option<Uninitialized>>,
     stop: CancellationToken,
     /// Why a member cannot go on.
-    failure: mpsc::UnboundedSender<String>,
+    failure: mpsc::UnboundedSender<Ended>,
     threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
     /// Locked until the agent has ended: another one would adopt, and end, this one's VMs.
     run_folder: std::sync::Mutex<Option<File>>,
@@ -81,7 +95,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     agent.end().await;
     match failure {
         None => Ok(()),
-        Some(why) => anyhow::bail!("{why}"),
+        Some(ended) => Err(ended.into()),
     }
 }
 
@@ -106,14 +120,14 @@ impl Agent {
     pub async fn start(
         config: Config,
         stop: CancellationToken,
-    ) -> anyhow::Result<(Arc<Self>, mpsc::UnboundedReceiver<String>)> {
+    ) -> anyhow::Result<(Arc<Self>, mpsc::UnboundedReceiver<Ended>)> {
         let config = Arc::new(config);
         let run_folder = std::sync::Mutex::new(Some(lock_run_folder(&config.run_dir)?));
         let timing = Timing::new(config.timing.lease_ms)?;
         // The way to a lease of its own may be longer than the watchdog's patience.
         let may_pet = || lease::may_still_pet(&config.run_dir, timing);
         let early_watchdog = if may_pet() { open_watchdog(&config, timing) } else { None };
-        let opened = cluster::open(cluster_config(&config)).await?;
+        let opened = cluster::open(cluster_config(&config)).await.map_err(not_opened)?;
         if let Some(watchdog) = early_watchdog.as_ref().filter(|_| may_pet()) {
             watchdog.pet()?;
         }
@@ -165,7 +179,7 @@ impl Agent {
                 && !stop.is_cancelled()
             {
                 // Nobody listens any more where the agent is ending.
-                drop(failure.send(format!("{what} failed: {error}")));
+                drop(failure.send(Ended::Failed(format!("{what} failed: {error}"))));
             }
         });
     }
@@ -264,7 +278,10 @@ impl Agent {
         let error = cluster.failed().await;
         let ended = node.supervisor.kill_all_ha();
         tracing::error!(ha_vms_ended = ended.len(), "{error}");
-        drop(self.failure.send(error.to_string()));
+        drop(self.failure.send(match error {
+            StoreError::Removed => Ended::Removed(error.to_string()),
+            error => Ended::Failed(error.to_string()),
+        }));
     }
 
     /// Ends the agent and leaves the VMs running.
@@ -389,6 +406,13 @@ fn lock_run_folder(folder: &Path) -> anyhow::Result<File> {
     }
 }
 
+fn not_opened(error: OpenError) -> anyhow::Error {
+    match error {
+        OpenError::Removed { .. } => Ended::Removed(error.to_string()).into(),
+        error => error.into(),
+    }
+}
+
 fn cluster_config(config: &Config) -> ClusterConfig {
     let timing = &config.timing;
     let (api, enrol) = (config.advertised_api(), config.advertised_enrol());
@@ -460,5 +484,15 @@ async fn keep_record(node: Arc<Node>) {
             }
         };
         tokio::time::sleep(wait).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn systemd_starts_no_removed_node_again() {
+        let unit = include_str!("../../deploy/systemd/holdfast-node-agent.service");
+        let line = format!("RestartPreventExitStatus={}", super::EXIT_REMOVED);
+        assert!(unit.lines().any(|l| l == line), "{line} is missing");
     }
 }

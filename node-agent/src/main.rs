@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use node_agent::agent::{EXIT_REMOVED, Ended};
 use node_agent::config::{Config, Flags};
 
 /// The Holdfast node agent: one per node, supervising one process per VM
@@ -49,7 +50,10 @@ fn agent(flags: &Flags) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("node-agent: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(Ended::Removed(_)) => ExitCode::from(EXIT_REMOVED),
+                Some(Ended::Failed(_)) | None => ExitCode::FAILURE,
+            }
         }
     }
 }

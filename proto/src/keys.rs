@@ -13,6 +13,8 @@ pub const PLACEMENTS: &str = "status/vms/";
 pub const NODES: &str = "status/nodes/";
 /// All fenced records.
 pub const FENCED: &str = "status/fenced/";
+/// All removal records.
+pub const REMOVALS: &str = "status/removals/";
 /// Which leader may act for HA.
 pub const HA_LEADER: &str = "status/ha/leader";
 /// All disk claims.
@@ -43,6 +45,12 @@ pub fn node(node: NodeId) -> String {
 #[must_use]
 pub fn fenced(node: NodeId) -> String {
     format!("{FENCED}{:020}", node.0)
+}
+/// The record that a node leaves the cluster, or has left it. Every transaction that gives a VM to a
+/// node compares that it is absent.
+#[must_use]
+pub fn removal(node: NodeId) -> String {
+    format!("{REMOVALS}{:020}", node.0)
 }
 /// The claim of one VM on a writable disk image, `pool/name`.
 #[must_use]

@@ -178,6 +178,25 @@ pub struct FencedRecord {
     pub reason: String,
 }
 
+/// A node leaves the cluster, or has left it. It stays for ever: ids are never given twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemovalRecord {
+    /// The name it had.
+    pub name: String,
+    /// How far it is.
+    pub state: RemovalState,
+}
+
+/// How far a removal is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RemovalState {
+    /// Asked for: the node is given no VMs any more.
+    Leaving,
+    /// It is no member, its records are gone, and it is answered nothing.
+    Removed,
+}
+
 /// One VM's exclusive right to write an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskClaim {

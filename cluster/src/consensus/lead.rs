@@ -163,8 +163,9 @@ pub(crate) async fn remove(raft: &Raft, id: u64, limit: Duration, within: Durati
     if !leads(&current_metrics(raft)) {
         return Forwarded::NotLeader { leader: current_metrics(raft).current_leader };
     }
-    // A leader of late has not heard from everyone yet: it waits before it speaks of a risk.
-    let until = Instant::now() + within;
+    // Only who answers from now on counts: a voter that died a moment ago must not be relied on, or
+    // the change itself would wait for it for ever.
+    let begin = Instant::now();
     let (metrics, membership, voters, alive) = loop {
         let metrics = current_metrics(raft);
         let membership = metrics.membership_config.membership().clone();
@@ -175,12 +176,12 @@ pub(crate) async fn remove(raft: &Raft, id: u64, limit: Duration, within: Durati
         if voters.is_empty() {
             return Forwarded::LastNode;
         }
-        let alive = reachable(&metrics, within);
+        let alive = reachable(&metrics, begin.elapsed());
         let left = voters.intersection(&alive).count();
         if left * 2 > voters.len() {
             break (metrics, membership, voters, alive);
         }
-        if Instant::now() >= until {
+        if begin.elapsed() >= within {
             return Forwarded::QuorumAtRisk { left, voters: voters.len() };
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -65,11 +65,12 @@ async fn wait_for_removal(node: Arc<Node>) {
         return;
     }
     tracing::error!("this node was removed from the cluster and stops");
-    node.failure.send_replace(Some(StoreError::Removed));
+    // First: whoever hears of it may end this process.
     let marker = node.config.data_dir.join("removed");
     if let Err(error) = crate::identity::write_private(&marker, b"removed from the cluster\n") {
         tracing::warn!(%error, "the removal could not be noted in the data folder");
     }
+    node.failure.send_replace(Some(StoreError::Removed));
     lead::stop(&node.raft).await;
 }
 

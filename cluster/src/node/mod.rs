@@ -22,7 +22,6 @@ use crate::identity::Identity;
 use crate::storage::Db;
 use crate::{ClusterConfig, Leadership, Member, StoreError};
 
-pub(crate) use read::removed_key;
 pub(crate) use run::start;
 
 /// The parts of a running member.

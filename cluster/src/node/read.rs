@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use proto::record::{RemovalRecord, RemovalState};
 use proto::{Revision, keys};
 
 use super::Node;
@@ -115,14 +116,17 @@ impl Node {
 
     /// Whether a node is known to have been removed.
     pub(crate) fn was_removed(&self, id: proto::NodeId) -> bool {
-        let key = removed_key(id);
-        self.db.view(|view| view.get(Table::Data, key.as_bytes())).is_ok_and(|row| row.is_some())
+        let key = keys::removal(id);
+        let row = self.db.view(|view| view.get(Table::Data, key.as_bytes()));
+        row.ok().flatten().is_some_and(|row| removed(&row))
     }
 }
 
-/// Says that a node was removed. It stays: ids are never given twice.
-pub(crate) fn removed_key(id: proto::NodeId) -> String {
-    format!("{}removed/{:020}", keys::PRIV, id.0)
+/// A removal that is only announced does not shut the node out: it may still be withdrawn.
+fn removed(row: &[u8]) -> bool {
+    let Ok(record) = decode::<Record>(row) else { return false };
+    serde_json::from_slice::<RemovalRecord>(&record.value)
+        .is_ok_and(|record| record.state == RemovalState::Removed)
 }
 
 fn key_value(key: String, bytes: &[u8]) -> std::io::Result<KeyValue> {

@@ -46,7 +46,6 @@ pub(crate) async fn serve(cluster: &Cluster, config: &ClusterConfig) -> Outcome 
     let enrol = bind(&config.enrol_address).await?;
     let members = Server::builder()
         .add_service(cluster.raft_service())
-        .add_service(cluster.membership_service())
         .serve_with_incoming(cluster.incoming(api)?);
     let strangers = Server::builder()
         .add_service(cluster.enrolment_service())

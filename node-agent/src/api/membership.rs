@@ -4,17 +4,20 @@
 use std::sync::Arc;
 
 use cluster::tls::{PeerIdentity, peer};
-use cluster::{InitError, JoinError, MembershipError};
+use cluster::{InitError, JoinError};
+use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
     ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
     InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse,
     RemoveNodeRequest, RemoveNodeResponse,
 };
+use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::Api;
-use super::forward::Caller;
+use super::forward::{Caller, channel};
+use crate::node::Node;
 use crate::store::store_status;
 
 /// Makes this node a member: implemented by the agent, which owns the data folder.
@@ -56,19 +59,6 @@ pub(crate) fn join_status(error: &JoinError) -> Status {
     }
 }
 
-fn status_of(error: &MembershipError) -> Status {
-    let text = error.to_string();
-    match error {
-        MembershipError::UnknownNode(_) => Status::not_found(text),
-        MembershipError::QuorumAtRisk { .. }
-        | MembershipError::LastNode(_)
-        | MembershipError::Itself(_) => Status::failed_precondition(text),
-        MembershipError::Invalid(_) => Status::invalid_argument(text),
-        MembershipError::Timeout(_) => Status::deadline_exceeded(text),
-        MembershipError::Store(error) => store_status(error),
-    }
-}
-
 impl MembershipService {
     fn former<T>(&self, request: &Request<T>) -> Result<Arc<dyn Former>, Status> {
         match (&self.former, peer(request)) {
@@ -78,6 +68,16 @@ impl MembershipService {
             )),
         }
     }
+}
+
+/// A channel to another member, the leader where it is one; `None` where this node is alone.
+fn another(node: &Node) -> Result<Option<Channel>, Status> {
+    let others = || node.cluster().members().into_iter().filter(|member| member.node_id != node.id);
+    let leader = node.cluster().leader();
+    let chosen = others().find(|member| Some(member.node_id) == leader);
+    let chosen = chosen.or_else(|| others().find(|member| member.voter));
+    let Some(chosen) = chosen.or_else(|| others().next()) else { return Ok(None) };
+    channel(node, chosen.node_id).map(Some)
 }
 
 #[tonic::async_trait]
@@ -98,7 +98,7 @@ impl Membership for MembershipService {
     ) -> Result<Response<CreateTokenResponse>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
         let created = node.cluster().create_token(request.into_inner().ttl_s).await;
-        let token = created.map_err(|error| status_of(&error))?;
+        let token = created?;
         tracing::info!(user = %caller.user, expires = token.expires_unix_s, "join token made");
         Ok(Response::new(token))
     }
@@ -119,29 +119,17 @@ impl Membership for MembershipService {
         request: Request<RemoveNodeRequest>,
     ) -> Result<Response<RemoveNodeResponse>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
-        let name = request.into_inner().node;
-        let id = node
-            .find(&name)
-            .ok_or_else(|| status_of(&MembershipError::UnknownNode(name.clone())))?;
-        let placements = node.store.placements(cluster::Consistency::Linearizable).await?;
-        let owned: Vec<&str> = placements
-            .iter()
-            .filter(|(_, placement)| placement.value.owner == id)
-            .map(|(vm, _)| vm.as_str())
-            .collect();
-        if !owned.is_empty() {
-            return Err(Status::failed_precondition(format!(
-                "node `{name}` still owns VMs: {}; drain it (`clusterctl node drain {name}`) or \
-                 delete them first",
-                owned.join(", ")
-            )));
+        let message = request.into_inner();
+        let wanted = message.node.clone();
+        if node.find(&wanted) == Some(node.id)
+            && let Some(channel) = another(&node)?
+        {
+            // Once it is no member it could not finish: another node does it.
+            let request = caller.request(message)?;
+            return MembershipClient::new(channel).remove_node(request).await;
         }
-        node.cluster().remove_node(id).await.map_err(|error| status_of(&error))?;
-        tracing::warn!(node = %name, user = %caller.user, "removed from the cluster");
-        let txn = cluster::Txn::new().delete(proto::keys::node(id)).delete(proto::keys::fenced(id));
-        if let Err(error) = node.cluster().txn(txn).await {
-            tracing::warn!(node = %name, "its records are not removed yet: {error}");
-        }
+        node.cluster().remove_node(&wanted).await?;
+        tracing::warn!(node = %wanted, user = %caller.user, "removed from the cluster");
         Ok(Response::new(RemoveNodeResponse {}))
     }
 
@@ -152,7 +140,7 @@ impl Membership for MembershipService {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
         let message = request.into_inner();
         let issued = node.cluster().issue_client(&message.name, &message.csr_pem).await;
-        let issued = issued.map_err(|error| status_of(&error))?;
+        let issued = issued?;
         tracing::info!(client = %message.name, user = %caller.user, "client certificate issued");
         Ok(Response::new(issued))
     }

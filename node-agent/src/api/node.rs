@@ -1,26 +1,22 @@
 //! `Nodes`: what the members are and have, and maintenance.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Duration;
 
 use cluster::Consistency;
 use ha_manager::{ClusterState, NodeView};
 use proto::NodeId;
 use proto::record::{NodeRecord, Phase, Placement};
-use proto::v1::ha_client::HaClient;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::nodes_server::Nodes;
 use proto::v1::{
-    DrainNodeRequest, FenceNodeRequest, FenceNodeResponse, HaStatusRequest, ListNodesRequest,
-    ListNodesResponse, ResumeNodeRequest, ShowNodeRequest, TaskRef,
+    DrainNodeRequest, FenceNodeRequest, FenceNodeResponse, ListNodesRequest, ListNodesResponse,
+    ResumeNodeRequest, ShowNodeRequest, TaskRef,
 };
 use tonic::{Request, Response, Status};
 
 use super::Api;
 use super::forward::{Caller, leader_channel};
 use crate::node::Node;
-use crate::task::{TaskContext, TaskFailure};
 
 pub(super) fn unknown(name: &str) -> Status {
     Status::not_found(format!("no node `{name}` in this cluster: see `clusterctl node list`"))
@@ -70,7 +66,7 @@ impl Nodes for Api {
         let task_id = node
             .tasks
             .spawn("node.drain", &wanted, &caller.user, move |task| async move {
-                drain(&node_, &caller_, &task, id).await
+                crate::drain::run(&node_, &caller_, &task, id).await
             })
             .map_err(crate::vms::no_task)?;
         Ok(Response::new(TaskRef { task_id }))
@@ -165,120 +161,5 @@ fn reserves(placement: &Placement) -> bool {
     match placement.phase {
         Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => true,
         Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => false,
-    }
-}
-
-/// The leader's plan moves the VMs; this watches until none is left, and says what stays and why.
-async fn drain(
-    node: &Arc<Node>,
-    caller: &Caller,
-    task: &TaskContext,
-    id: NodeId,
-) -> Result<Option<serde_json::Value>, TaskFailure> {
-    let mut before: BTreeMap<proto::Name, NodeId> = BTreeMap::new();
-    let mut told: BTreeMap<String, String> = BTreeMap::new();
-    let mut stuck_since = None;
-    let mut total = 0;
-    loop {
-        let view = node.board.view();
-        let here: BTreeMap<proto::Name, NodeId> = view
-            .placements
-            .iter()
-            .filter(|(_, p)| p.value.owner == id && reserves(&p.value))
-            .map(|(name, p)| (name.clone(), p.value.owner))
-            .collect();
-        total = total.max(here.len());
-        for name in before.keys().filter(|name| !here.contains_key(*name)) {
-            if let Some(placement) = view.placements.get(name) {
-                task.log(format!("{name} is on {} now", node.name_of(placement.value.owner)));
-            }
-        }
-        let all = u64::try_from(total).unwrap_or(u64::MAX);
-        let away = all.saturating_sub(u64::try_from(here.len()).unwrap_or(u64::MAX));
-        task.progress(drained(away, all), away, all);
-        if here.is_empty() {
-            task.log(drained(away, all));
-            return Ok(None);
-        }
-        let moving = view
-            .placements
-            .values()
-            .any(|p| p.value.owner == id && matches!(p.value.phase, Phase::Migrating { .. }));
-        if here != before || moving {
-            stuck_since = None;
-        }
-        let reasons = reasons(node, caller).await.unwrap_or_default();
-        for name in here.keys() {
-            let Some(reason) = reasons.get(name.as_str()) else { continue };
-            if told.get(name.as_str()) != Some(reason) {
-                task.log(format!("{name}: {reason}"));
-                told.insert(name.to_string(), reason.clone());
-            }
-        }
-        // VMs that cannot leave now may later: the node stays drained, the task ends with why.
-        let stuck_since = *stuck_since.get_or_insert_with(std::time::Instant::now);
-        if stuck_since.elapsed() > Duration::from_secs(30) {
-            let why: Vec<String> = here
-                .keys()
-                .map(|name| {
-                    let reason = told.get(name.as_str()).map_or("no reason is known", |r| r);
-                    format!("{name}: {reason}")
-                })
-                .collect();
-            return Err(TaskFailure::Failed(format!(
-                "{} VMs cannot leave: {}. The node stays drained and gives them away when that \
-                 changes; `clusterctl node resume` ends it",
-                why.len(),
-                why.join(" | ")
-            )));
-        }
-        before = here;
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(500)) => {}
-            () = task.cancel().cancelled() => {
-                task.log("no longer waiting; the node stays drained until `node resume`".to_owned());
-                return Err(TaskFailure::Cancelled);
-            }
-        }
-    }
-}
-
-/// How far a drain has come.
-fn drained(away: u64, all: u64) -> String {
-    match (away, all) {
-        (_, 0) => "no VM runs on the node: it is empty".to_owned(),
-        (away, all) if away == all => format!("all {all} VMs moved away: the node is empty"),
-        (away, all) => format!("{away} of {all} VMs moved away, {} to go", all - away),
-    }
-}
-
-/// What the leader's last plan says about each VM.
-async fn reasons(node: &Node, caller: &Caller) -> Result<BTreeMap<String, String>, Status> {
-    let report = match leader_channel(node).await? {
-        None => {
-            let plan = node.leader.last_plan();
-            plan.report.iter().map(|(name, report)| format!("{name}: {report}")).collect()
-        }
-        Some(channel) => {
-            let request = caller.request(HaStatusRequest {})?;
-            HaClient::new(channel).status(request).await?.into_inner().report
-        }
-    };
-    let split = |line: &String| {
-        let (name, reason) = line.split_once(": ")?;
-        Some((name.to_owned(), reason.to_owned()))
-    };
-    Ok(report.iter().filter_map(split).collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_drain_counts_what_has_moved() {
-        assert_eq!(drained(1, 3), "1 of 3 VMs moved away, 2 to go");
-        assert_eq!(drained(3, 3), "all 3 VMs moved away: the node is empty");
-        assert_eq!(drained(0, 0), "no VM runs on the node: it is empty");
     }
 }

@@ -18,7 +18,7 @@ use super::leader::Epoch;
 use super::observe::Snapshot;
 use crate::events::stamped;
 use crate::node::Node;
-use crate::store::json;
+use crate::store::{giving_to, json};
 
 /// Who asks for the moves of a drain.
 pub(super) const HA_USER: &str = "ha-manager";
@@ -54,7 +54,7 @@ pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Actio
             }
         }
         Action::Start { vm, to, reason } => {
-            let txn = txn_of(epoch).if_absent(keys::fenced(to));
+            let txn = giving_to(txn_of(epoch), to);
             let txn = with_placement(txn, snapshot, &vm, |placement| {
                 placement.owner = to;
                 placement.generation = placement.generation.next();
@@ -73,7 +73,7 @@ pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Actio
             commit(node, &vm, &reason, txn).await;
         }
         Action::Reassign { vm, to, reason } => {
-            let txn = txn_of(epoch).if_absent(keys::fenced(to));
+            let txn = giving_to(txn_of(epoch), to);
             let txn = with_placement(txn, snapshot, &vm, |placement| {
                 placement.owner = to;
                 placement.generation = placement.generation.next();

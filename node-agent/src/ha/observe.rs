@@ -1,6 +1,6 @@
 //! Reads what the plan looks at: all of `status/` as of one revision, and which VMs can move.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cluster::Consistency;
 use ha_manager::{ClusterState, NodeView, VmView};
@@ -48,6 +48,7 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
     let documents = node.cluster().range(keys::VMS, "", 0, consistency).await?;
     let status = node.cluster().range("status/", "", 0, consistency).await?;
     let mut fenced: BTreeMap<NodeId, Revision> = BTreeMap::new();
+    let mut leaving: BTreeSet<NodeId> = BTreeSet::new();
     let mut records: Vec<NodeRecord> = Vec::new();
     let mut placements: Vec<(Name, Placement, Revision)> = Vec::new();
     let mut pools = Vec::new();
@@ -65,6 +66,9 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
         } else if let Some(id) = kv.key.strip_prefix(keys::FENCED) {
             let Ok(id) = id.parse() else { continue };
             fenced.insert(NodeId(id), kv.mod_revision);
+        } else if let Some(id) = kv.key.strip_prefix(keys::REMOVALS) {
+            let Ok(id) = id.parse() else { continue };
+            leaving.insert(NodeId(id));
         } else if kv.key.starts_with(keys::POOLS) {
             pools.push(serde_json::from_slice(&kv.value).map_err(malformed)?);
         }
@@ -81,8 +85,10 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
     let nodes = records
         .into_iter()
         .filter(|record| members.contains(&record.node_id))
-        .map(|record| {
+        .map(|mut record| {
             let id = record.node_id;
+            // A node that is being removed takes no VMs: no transaction would give it one.
+            record.maintenance |= leaving.contains(&id);
             (id, NodeView { record, fenced: fenced.get(&id).copied() })
         })
         .collect();

@@ -48,19 +48,7 @@ impl From<StoreError> for UpdateError {
 /// The gRPC status of a store error.
 #[must_use]
 pub fn store_status(error: &StoreError) -> Status {
-    let text = error.to_string();
-    match error {
-        StoreError::NoQuorum { .. } | StoreError::Recovering | StoreError::Shutdown => {
-            Status::unavailable(text)
-        }
-        StoreError::UnknownOutcome { .. } => Status::deadline_exceeded(text),
-        StoreError::Invalid(_) => Status::invalid_argument(text),
-        StoreError::Private(_) => Status::permission_denied(text),
-        StoreError::DiskFull { .. } => Status::resource_exhausted(text),
-        StoreError::Forgotten { .. } | StoreError::Failed { .. } | StoreError::Removed => {
-            Status::failed_precondition(text)
-        }
-    }
+    Status::from(error)
 }
 
 impl From<RecordError> for Status {

@@ -10,4 +10,4 @@ mod records;
 pub use board::{Board, BoardView};
 pub use error::{RecordError, UpdateError, store_status};
 pub(crate) use records::json;
-pub use records::{Store, Versioned};
+pub use records::{Store, Versioned, giving_to};

@@ -33,6 +33,13 @@ pub(crate) fn json<T: Serialize>(record: &T) -> Vec<u8> {
     serde_json::to_vec(record).unwrap_or_default()
 }
 
+/// Makes a transaction hold only while `node` may be given VMs: it is not fenced, and neither leaves
+/// nor has left the cluster. Every transaction that gives a VM to a node goes through here.
+#[must_use]
+pub fn giving_to(txn: Txn, node: NodeId) -> Txn {
+    txn.if_absent(keys::fenced(node)).if_absent(keys::removal(node))
+}
+
 pub(super) fn decode<T: DeserializeOwned>(kv: &KeyValue) -> Result<Versioned<T>, RecordError> {
     let value = serde_json::from_slice(&kv.value)
         .map_err(|error| RecordError::Malformed { key: kv.key.clone(), why: error.to_string() })?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cluster::{Consistency, Txn, TxnOutcome};
+use cluster::{Consistency, KeyValue, Txn, TxnOutcome};
 use ha_manager::{Observations, VmView, check_target, place};
 use proto::record::{DiskClaim, NetworkRecord, Phase, Placement, PoolKind, Requested};
 use proto::v1::storage_client::StorageClient;
@@ -18,7 +18,7 @@ use crate::events::stamped;
 use crate::ha::{Snapshot, movable, observe};
 use crate::node::Node;
 use crate::storage::{ImageKind, Pools, StorageError};
-use crate::store::{json, store_status};
+use crate::store::{giving_to, json, store_status};
 
 /// Checks everything and creates the VM; starts it where asked.
 ///
@@ -253,7 +253,7 @@ async fn commit(
     let (document_key, placement_key) =
         (keys::vm_document(&spec.name), keys::placement(&spec.name));
     let claim = json(&DiskClaim { vm_id: placement.vm_id, vm: spec.name.clone() });
-    let mut txn = Txn::new()
+    let mut txn = giving_to(Txn::new(), placement.owner)
         .if_absent(document_key.clone())
         .if_absent(placement_key.clone())
         .put(document_key, document)
@@ -273,8 +273,13 @@ async fn commit(
                 let claim: DiskClaim = serde_json::from_slice(&kv.value).ok()?;
                 Some((image, claim))
             });
+            let lost = |prefix| conflicts.iter().any(|kv: &KeyValue| kv.key.starts_with(prefix));
             Err(match claim {
                 Some((image, claim)) => disk_taken(image, claim.vm.as_str()),
+                None if lost(keys::FENCED) || lost(keys::REMOVALS) => Status::aborted(format!(
+                    "node {} was fenced, or is being removed, meanwhile; try again",
+                    node.name_of(placement.owner)
+                )),
                 None => name_taken(&spec.name),
             })
         }

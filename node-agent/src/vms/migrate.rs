@@ -19,7 +19,7 @@ use crate::events::stamped;
 use crate::ha::{Snapshot, observe};
 use crate::migration::{CommitOutcome, MigrationError, SourceOptions, run_source};
 use crate::node::Node;
-use crate::store::{Versioned, json};
+use crate::store::{Versioned, giving_to, json};
 use crate::supervisor::VmState;
 use crate::task::{TaskContext, TaskFailure};
 
@@ -117,7 +117,7 @@ async fn run(
                     .note(stamped(&format!("migration {here} → {target_name} asked by {user}")));
                 Ok(())
             },
-            || Txn::new().if_absent(keys::fenced(target)),
+            || giving_to(Txn::new(), target),
         )
         .await?;
     task.log(format!("moving {vm} from {here} to {target_name}"));
@@ -175,9 +175,8 @@ async fn copy(
         committed.generation
     )));
     let key = keys::placement(vm);
-    let txn = Txn::new()
+    let txn = giving_to(Txn::new(), target)
         .if_revision(key.clone(), migrating.revision)
-        .if_absent(keys::fenced(target))
         .put(key, json(&committed))
         .named(format!("migrate-{}", options.migration_id), 1);
     let commit = {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cluster::Txn;
 use ha_manager::place;
 use proto::record::{Phase, Placement, Requested};
-use proto::{Generation, Name, NodeId, keys};
+use proto::{Generation, Name, NodeId};
 use tonic::Status;
 
 use super::create::fits;
@@ -15,6 +15,7 @@ use crate::api::forward::Caller;
 use crate::events::stamped;
 use crate::ha::observe;
 use crate::node::Node;
+use crate::store::giving_to;
 use crate::task::{TaskContext, TaskFailure};
 
 /// Starts a VM that runs nowhere; gives the task's id.
@@ -88,7 +89,7 @@ async fn request(
                 placement.note(stamped(&format!("start on {to_name} asked by {}", caller.user)));
                 Ok(())
             },
-            || Txn::new().if_absent(keys::fenced(to)),
+            || giving_to(Txn::new(), to),
         )
         .await?;
     Ok((changed.value.generation, to_name))

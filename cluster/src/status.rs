@@ -1,0 +1,45 @@
+//! Errors as gRPC says them: the one place where each gets its code.
+
+use tonic::Status;
+
+use crate::{MembershipError, StoreError};
+
+impl From<&StoreError> for Status {
+    fn from(error: &StoreError) -> Self {
+        let text = error.to_string();
+        match error {
+            StoreError::NoQuorum { .. } | StoreError::Recovering | StoreError::Shutdown => {
+                Self::unavailable(text)
+            }
+            StoreError::UnknownOutcome { .. } => Self::deadline_exceeded(text),
+            StoreError::Forgotten { .. } => Self::out_of_range(text),
+            StoreError::Invalid(_) => Self::invalid_argument(text),
+            StoreError::Private(_) => Self::permission_denied(text),
+            StoreError::DiskFull { .. } => Self::resource_exhausted(text),
+            StoreError::Failed { .. } => Self::internal(text),
+            StoreError::Removed => Self::failed_precondition(text),
+        }
+    }
+}
+
+impl From<StoreError> for Status {
+    fn from(error: StoreError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<MembershipError> for Status {
+    fn from(error: MembershipError) -> Self {
+        let text = error.to_string();
+        match error {
+            MembershipError::UnknownNode(_) => Self::not_found(text),
+            MembershipError::QuorumAtRisk { .. }
+            | MembershipError::LastNode(_)
+            | MembershipError::OwnsVms { .. }
+            | MembershipError::Itself(_) => Self::failed_precondition(text),
+            MembershipError::Invalid(_) => Self::invalid_argument(text),
+            MembershipError::Timeout(_) => Self::deadline_exceeded(text),
+            MembershipError::Store(error) => Self::from(&error),
+        }
+    }
+}
