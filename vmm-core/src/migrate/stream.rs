@@ -29,7 +29,8 @@ pub trait Connector {
     fn connect(&mut self, cancel: &CancelToken) -> Result<Box<dyn Stream>, StreamError>;
 }
 
-/// Gives the target's connections, in the order in which the source opens them.
+/// Gives the target's connections. Those that the source opens without waiting for an answer in
+/// between may come in any order.
 pub trait Acceptor {
     /// Waits for the next connection, at most `limit`.
     ///

@@ -3,6 +3,7 @@
 //! Never runs the VM: the caller does, once it has read the commit. What comes from the source is checked
 //! against what was announced and against the VM that was built; nothing is allocated by its word alone.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -269,22 +270,24 @@ impl Session<'_> {
         accept: Accept,
         acceptor: &mut dyn Acceptor,
     ) -> Result<Vec<Box<dyn Stream>>, TargetError> {
-        let mut data = Vec::new();
-        for expected in 0..accept.data_connections {
+        let mut data: BTreeMap<u16, Box<dyn Stream>> = BTreeMap::new();
+        while data.len() < usize::from(accept.data_connections) {
             let mut stream = acceptor.accept(self.options.stall_limit, &self.options.cancel)?;
             let mut payload = Vec::new();
             let doing = "waiting for a data connection";
             wire::receive(stream.as_mut(), &mut payload, &[Kind::Attach], self.patience, doing)?;
             let Attach { index, migration_id } = Attach::decode(&payload)?;
-            if index != expected || migration_id != self.options.subject.migration_id {
+            let wanted = index < accept.data_connections && !data.contains_key(&index);
+            if !wanted || migration_id != self.options.subject.migration_id {
                 let reason = format!(
-                    "data connection {index} of migration {migration_id:?} came as number {expected}"
+                    "data connection {index} of migration {migration_id:?} where {} are expected",
+                    accept.data_connections
                 );
                 return Err(StreamError::protocol(reason).into());
             }
-            data.push(stream);
+            data.insert(index, stream);
         }
-        Ok(data)
+        Ok(data.into_values().collect())
     }
 
     /// Pages that are zero because nothing ever touched them. Holds for the first round alone: later ones

@@ -21,6 +21,7 @@ struct Ends {
     target: Identity,
     listener: TcpListener,
     address: SocketAddr,
+    connect_limit: Duration,
 }
 
 fn ends() -> Ends {
@@ -31,17 +32,18 @@ fn ends() -> Ends {
         target: Identity::generate().unwrap(),
         listener,
         address,
+        connect_limit: Duration::from_secs(3),
     }
 }
 
 type Both = (Result<Migrated, SourceError>, Result<Ready<FakeIncoming>, TargetError>);
 
 fn run(ends: Ends, vm: &FakeVm, source_expects: Fingerprint, target_expects: Fingerprint) -> Both {
-    let Ends { source, target, listener, address } = ends;
+    let Ends { source, target, listener, address, connect_limit } = ends;
     let limit = Duration::from_secs(5);
     let mut connector = TlsConnector::new(address, &source, source_expects, limit).unwrap();
     let mut acceptor = TlsAcceptor::new(listener, &target, target_expects).unwrap();
-    let to = TargetOptions { connect_limit: Duration::from_secs(3), ..target_options() };
+    let to = TargetOptions { connect_limit, ..target_options() };
     thread::scope(|scope| {
         let receiver = scope.spawn(move || {
             let mut ready = receive(FakeIncoming::new(memory(PAGES)), &mut acceptor, &to)?;
@@ -73,6 +75,23 @@ fn a_running_guest_moves_over_tls_past_a_stranger() {
     stranger.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let _ = stranger.read_to_end(&mut answer);
     assert!(answer.len() < 64, "a stranger gets an alert at most");
+}
+
+#[test]
+fn silent_strangers_delay_nobody_however_many_they_are() {
+    // One by one, strangers would take five seconds each.
+    let ends = Ends { connect_limit: Duration::from_secs(60), ..ends() };
+    let expected = (ends.target.fingerprint(), ends.source.fingerprint());
+    let vm = FakeVm::new(memory(PAGES));
+    fill(vm.memory(), PAGES);
+    // More than are listened to at once, all there before the source comes.
+    let strangers: Vec<TcpStream> = (0..80)
+        .map(|_| TcpStream::connect_timeout(&ends.address, Duration::from_secs(5)).unwrap())
+        .collect();
+    let (migrated, ready) = run(ends, &vm, expected.0, expected.1);
+    migrated.unwrap();
+    ready.unwrap();
+    drop(strangers);
 }
 
 #[test]

@@ -7,10 +7,12 @@
 //! Invariants: TLS 1.3 only, both sides authenticated, the handshake's signature always verified,
 //! no session is resumed, no early data.
 
+mod accept;
 mod connect;
 mod identity;
 mod stream;
 mod verify;
 
-pub use connect::{TlsAcceptor, TlsConnector};
+pub use accept::TlsAcceptor;
+pub use connect::TlsConnector;
 pub use identity::{Fingerprint, Identity, InvalidFingerprint};

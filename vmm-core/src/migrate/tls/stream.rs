@@ -6,10 +6,21 @@ use std::net::TcpStream;
 
 use rustls::Connection;
 
+use crate::migrate::StreamError;
+
 /// Plaintext that may wait for the socket; 64 records of 16 KiB go out in one vectored write.
 const BUFFER_BYTES: usize = 1 << 20;
 /// rustls reads 4 KiB at a time; this makes them memory copies instead of system calls.
 const READ_BYTES: usize = 256 << 10;
+
+/// How far a handshake is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// For the peer's next message.
+    Waiting,
+    /// The peer is the expected one.
+    Done,
+}
 
 pub(super) struct TlsStream {
     connection: Connection,
@@ -23,12 +34,34 @@ impl TlsStream {
         Self { connection, socket: BufReader::with_capacity(READ_BYTES, socket) }
     }
 
-    pub(super) fn is_handshaking(&self) -> bool {
-        self.connection.is_handshaking()
+    /// Goes on with the handshake as far as it goes without waiting for longer than the socket does.
+    ///
+    /// # Errors
+    /// [`StreamError`]: the handshake has failed.
+    pub(super) fn handshake(&mut self) -> Result<Step, StreamError> {
+        let doing = "agreeing on TLS";
+        while self.connection.is_handshaking() {
+            let Err(error) = self.handshake_step() else { continue };
+            return match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => {
+                    Ok(Step::Waiting)
+                }
+                ErrorKind::InvalidData => {
+                    Err(StreamError::NotThePeer { reason: error.to_string() })
+                }
+                ErrorKind::UnexpectedEof => Err(StreamError::Closed { doing }),
+                _ => Err(StreamError::Io { doing, source: error }),
+            };
+        }
+        Ok(Step::Done)
     }
 
-    /// One step of the handshake; returns after a tick at the latest.
-    pub(super) fn handshake_step(&mut self) -> io::Result<()> {
+    /// The connection below.
+    pub(super) fn socket(&self) -> &TcpStream {
+        self.socket.get_ref()
+    }
+
+    fn handshake_step(&mut self) -> io::Result<()> {
         self.flush()?;
         if self.connection.is_handshaking() && !self.read_records()? {
             return Err(ErrorKind::UnexpectedEof.into());
