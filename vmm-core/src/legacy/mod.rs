@@ -6,6 +6,7 @@
 
 pub mod i8042;
 pub mod log_ring;
+mod log_writer;
 pub mod power;
 pub mod rtc;
 pub mod serial;

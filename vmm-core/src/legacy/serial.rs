@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
@@ -15,6 +16,9 @@ use crate::bus::BusDevice;
 
 /// Input that waits for the guest: what does not fit is refused.
 const INPUT_LIMIT: usize = 4096;
+
+/// How long saving waits for the log on disk: a part of a migration's downtime.
+const SAVE_FLUSH_LIMIT: Duration = Duration::from_millis(100);
 
 /// Raises the interrupt: KVM injects it when the descriptor is written to.
 #[derive(Debug)]
@@ -108,9 +112,11 @@ impl SerialLine {
         })
     }
 
-    /// The state to save. The VM is paused.
+    /// The state to save. The VM is paused; what it printed goes to the log on disk first, so that
+    /// nothing of it is there twice, or after what the VM prints elsewhere.
     #[must_use]
     pub fn save(&self) -> SavedSerial {
+        self.ring.flush(SAVE_FLUSH_LIMIT);
         self.with(|inner| {
             let state = inner.uart.state();
             SavedSerial {

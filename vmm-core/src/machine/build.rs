@@ -134,6 +134,7 @@ impl Machine {
             msrs,
             xsave_size,
             gate: config.gate,
+            pulse: Mutex::default(),
             state: Mutex::new(RunState::Created),
         };
         machine.power_on.vcpus = machine.save_vcpus()?;

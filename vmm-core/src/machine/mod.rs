@@ -29,17 +29,18 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::boot::BootSource;
 use crate::cpuid::CpuidList;
-use crate::gate::WriteGate;
+use crate::gate::{WriteGate, boottime_ns};
 use crate::legacy::serial::SerialLine;
 use crate::memory::GuestMemory;
 use crate::memory::dirty::DirtyLog;
 use crate::pci::PciRoot;
-use crate::vcpu::{MsrIndices, VcpuControl, VcpuState};
+use crate::vcpu::{MsrIndices, Pulse, VcpuControl, VcpuState};
 
 pub use config::{MachineConfig, VCPUS_MAX};
 pub use error::MachineError;
@@ -49,6 +50,9 @@ pub use snapshot::{read_snapshot, write_snapshot};
 use chips::ChipState;
 use legacy::LegacyDevices;
 use watch::DeadlineWatch;
+
+/// How long the end of a machine waits for its serial log.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +111,7 @@ pub struct Machine {
     xsave_size: usize,
     power_on: PowerOn,
     gate: WriteGate,
+    pulse: Mutex<Pulse>,
     state: Mutex<RunState>,
 }
 
@@ -157,6 +162,20 @@ impl Machine {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// For how long a vCPU that is meant to run has given no sign of life, by the looks of this
+    /// method's caller: to be called every few seconds. Never waits for a vCPU.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        let now = Duration::from_nanos(boottime_ns());
+        let running = self.control.is_running();
+        let mut pulse = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
+        let silence = pulse.look(&self.control.rounds(), running, now);
+        if running {
+            self.control.kick();
+        }
+        silence
+    }
+
     /// Whether an event has stopped the vCPUs.
     #[must_use]
     pub fn is_halted(&self) -> bool {
@@ -174,6 +193,8 @@ impl Drop for Machine {
             }
         }
         self.pci.stop();
-        self.legacy.serial.output().close();
+        let log = self.legacy.serial.output();
+        log.close();
+        log.flush(LOG_LIMIT);
     }
 }

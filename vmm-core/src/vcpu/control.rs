@@ -12,7 +12,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -83,6 +83,11 @@ pub(super) enum Goal {
     Exiting = 2,
 }
 
+/// Rounds of one vCPU's thread, on a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Rounds(AtomicU64);
+
 #[derive(Debug)]
 struct Inner {
     /// Threads of the vCPUs, in order; each registers itself.
@@ -113,6 +118,7 @@ struct Shared {
     inner: Mutex<Inner>,
     changed: Condvar,
     vcpus: usize,
+    rounds: Box<[Rounds]>,
 }
 
 impl VcpuControl {
@@ -121,7 +127,8 @@ impl VcpuControl {
     pub fn new(vcpus: usize) -> Self {
         let inner = Mutex::new(Inner { threads: Vec::new(), parked: 0 });
         let goal = AtomicU8::new(Goal::Paused as u8);
-        Self { shared: Arc::new(Shared { goal, inner, changed: Condvar::new(), vcpus }) }
+        let rounds = (0..vcpus).map(|_| Rounds::default()).collect();
+        Self { shared: Arc::new(Shared { goal, inner, changed: Condvar::new(), vcpus, rounds }) }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -159,6 +166,24 @@ impl VcpuControl {
         }
         drop(inner);
         self.shared.changed.notify_all();
+    }
+
+    /// Counts one round of a vCPU's thread, which alone calls this for its number.
+    pub(super) fn count_round(&self, index: u8) {
+        if let Some(Rounds(rounds)) = self.shared.rounds.get(usize::from(index)) {
+            rounds.store(rounds.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        }
+    }
+
+    /// The rounds that each vCPU's thread has made.
+    #[must_use]
+    pub fn rounds(&self) -> Vec<u64> {
+        self.shared.rounds.iter().map(|Rounds(rounds)| rounds.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Makes each vCPU leave the guest and, where it is meant to run, enter again.
+    pub fn kick(&self) {
+        kick(&self.inner());
     }
 
     /// Lets all vCPUs enter the guest.

@@ -4,9 +4,11 @@
 //! port and memory accesses go to the buses it is given.
 
 mod control;
+mod pulse;
 mod run;
 mod state;
 
 pub use control::{PauseTimeout, VcpuControl};
+pub use pulse::Pulse;
 pub use run::{Buses, VcpuContext, spawn};
 pub use state::{MsrIndices, VcpuState, VcpuStateError};

@@ -82,6 +82,7 @@ impl VcpuContext {
     /// Runs the guest until the control says otherwise or something happened.
     fn run(&self, vcpu: &mut VcpuFd) {
         loop {
+            self.control.count_round(self.index);
             vcpu.set_kvm_immediate_exit(0);
             if self.control.goal() != Goal::Running {
                 break;
