@@ -33,6 +33,7 @@ use crate::node::{Hardware, Node, Slot};
 use crate::store::{Board, Store};
 use crate::supervisor::{Supervisor, SupervisorConfig};
 use crate::task::TaskStore;
+use crate::vms::Shutdowns;
 use crate::watchdog::Watchdog;
 use crate::{ha, hardware, reconcile, telemetry};
 
@@ -206,7 +207,7 @@ impl Agent {
         let id = cluster.node_id();
         let name: Name = cluster.node_name().parse()?;
         let (supervisor, exits) = Supervisor::new(supervisor_config(&config))?;
-        let adopted = supervisor.adopt_all().await?;
+        let adopted = supervisor.adopt_all()?;
         tracing::info!(node = %name, id = %id, adopted = adopted.len(), "member of `{}`", cluster.cluster_name());
         let watchdog = self.watchdog(&supervisor, timing);
         let tasks = TaskStore::open(id, name.clone(), config.data_dir.join("tasks"))?;
@@ -220,6 +221,7 @@ impl Agent {
             lease: Lease::new(timing),
             leader: Leader::new(id, timing),
             jobs: Jobs::default(),
+            shutdowns: Shutdowns::default(),
             kick: Notify::new(),
             hardware: look_at_hardware(&config, watchdog.as_ref()),
             config,
@@ -430,10 +432,13 @@ fn cluster_config(config: &Config) -> ClusterConfig {
 fn supervisor_config(config: &Config) -> SupervisorConfig {
     let root = nix::unistd::geteuid().is_root();
     let defaults = SupervisorConfig::new(&config.run_dir);
+    let hang_limit = Duration::from_millis(config.timing.hang_limit_ms);
     SupervisorConfig {
         binary: config.vm_program.clone().unwrap_or_else(|| defaults.binary.clone()),
         uid_base: root.then_some(config.uid_base),
         reserve_memory_bytes: config.reserve_memory_mib << 20,
+        probe_every: hang_limit / 6,
+        hang_limit,
         ..defaults
     }
 }

@@ -92,6 +92,9 @@ pub struct Timing {
     pub election_max_ms: u64,
     /// How long a request waits for a quorum before it is refused.
     pub quorum_wait_ms: u64,
+    /// A VM process that gives no sign of life for this long hangs: that of an HA VM is ended and
+    /// started again.
+    pub hang_limit_ms: u64,
 }
 
 impl Default for Timing {
@@ -102,6 +105,7 @@ impl Default for Timing {
             election_min_ms: 500,
             election_max_ms: 1_000,
             quorum_wait_ms: 3_500,
+            hang_limit_ms: 30_000,
         }
     }
 }
@@ -287,6 +291,12 @@ impl Config {
         let refuse = |text: String| Err(ConfigError::Value(text));
         ha_manager::Timing::new(timing.lease_ms)
             .map_err(|error| ConfigError::Value(format!("timing.lease_ms: {error}")))?;
+        if !(1_000..=3_600_000).contains(&timing.hang_limit_ms) {
+            return Err(ConfigError::Value(format!(
+                "timing.hang_limit_ms = {}: give 1000 to 3600000",
+                timing.hang_limit_ms
+            )));
+        }
         let raft = (timing.raft_heartbeat_ms, timing.election_min_ms, timing.election_max_ms);
         if raft.0 == 0 || raft.1 < raft.0.saturating_mul(2) || raft.2 <= raft.1 {
             return refuse(format!(

@@ -18,6 +18,7 @@ use crate::lease::Lease;
 use crate::store::{Board, Store};
 use crate::supervisor::Supervisor;
 use crate::task::TaskStore;
+use crate::vms::Shutdowns;
 
 /// What the services and loops of a member share.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub struct Node {
     pub leader: Leader,
     /// Who works on which VM here.
     pub jobs: Jobs,
+    /// The shutdowns under way here, for what overrules them.
+    pub shutdowns: Shutdowns,
     /// Wakes the reconciler.
     pub kick: Notify,
     /// What this node says of itself.
@@ -71,6 +74,13 @@ impl Node {
     #[must_use]
     pub fn cluster(&self) -> &Cluster {
         self.store.cluster()
+    }
+
+    /// Whether something resets this machine if it hangs with an HA VM, or its configuration says
+    /// that nothing need.
+    #[must_use]
+    pub fn may_run_ha(&self) -> bool {
+        !self.hardware.watchdog.is_empty() || self.config.allow_ha_without_watchdog
     }
 
     /// What this node says of itself with each heartbeat.

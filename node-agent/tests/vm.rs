@@ -7,8 +7,13 @@ mod rig;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use proto::v1::{CreateVmRequest, MigrateVmRequest, VmRequest};
+use proto::v1::nodes_client::NodesClient;
+use proto::v1::{
+    CreateVmRequest, FenceNodeRequest, MigrateVmRequest, ReleasedVm, ShutdownVmRequest, TaskRef,
+    VmRequest,
+};
 use rig::Rig;
+use tonic::Status;
 
 /// Real mode, from the reset vector: `inc word [0x1000]; jmp` back to it.
 fn firmware() -> Vec<u8> {
@@ -42,10 +47,14 @@ fn kvm_is_here() -> bool {
 }
 
 async fn first(dir: &Path) -> Rig {
+    first_with(dir, config(dir, 910_000)).await
+}
+
+async fn first_with(dir: &Path, config: node_agent::config::Config) -> Rig {
     // VM processes run as users of their own and must reach their files.
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let rig = Rig::with(config(dir, 910_000)).await;
+    let rig = Rig::with(config).await;
     rig.init("n1").await;
     rig.online(1).await;
     rig.pool("shared", "shared-dir", &dir.join("shared")).await;
@@ -106,6 +115,82 @@ async fn a_vm_outlives_its_agent_and_is_adopted() {
     rig.agent.end().await;
 }
 
+/// Begins a shutdown that the guest ignores, and waits until it is under way.
+async fn shutdown(rig: &Rig, vm: &str) -> TaskRef {
+    let request = ShutdownVmRequest { vm: vm.into(), timeout_s: 600, force: false };
+    let task = rig.vm_client().shutdown(request).await.unwrap().into_inner();
+    let begin = Instant::now();
+    while rig.vm(vm).await.phase != "stopping" {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", rig.vm(vm).await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    task
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_and_a_reset_wait_for_no_shutdown() {
+    if !kvm_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let rig = first(dir.path()).await;
+    start(&rig, "web", false, "").await;
+
+    let ignored = shutdown(&rig, "web").await;
+    let begin = Instant::now();
+    let reset = rig.vm_client().reset(request("web")).await.unwrap().into_inner();
+    rig.done(reset).await;
+    let ended = rig.ended(ignored).await;
+    assert_eq!(ended.state, "cancelled");
+    assert!(ended.error.contains("reset asked by root"), "{}", ended.error);
+    let vm = rig.vm("web").await;
+    assert_eq!((vm.phase.as_str(), vm.requested.as_str()), ("started", "started"));
+
+    let (first, second) = (shutdown(&rig, "web").await, shutdown(&rig, "web").await);
+    let stop = rig.vm_client().stop(request("web")).await.unwrap().into_inner();
+    rig.done(stop).await;
+    for ignored in [first, second] {
+        let ended = rig.ended(ignored).await;
+        assert_eq!(ended.state, "cancelled");
+        assert!(ended.error.contains("stop asked by root"), "{}", ended.error);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
+    let vm = rig.vm("web").await;
+    assert_eq!((vm.phase.as_str(), vm.requested.as_str()), ("stopped", "stopped"));
+    rig.agent.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_process_hangs_is_started_again() {
+    if !kvm_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), 910_000);
+    config.timing.hang_limit_ms = 3_000;
+    let rig = first_with(dir.path(), config).await;
+    start(&rig, "web", true, "").await;
+    let before = rig.vm("web").await;
+    let process = rig.agent.node().unwrap().supervisor.get(&"web".parse().unwrap()).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(process.pid).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let begin = Instant::now();
+    let after = loop {
+        let now = rig.vm("web").await;
+        if now.phase == "started" && now.generation > before.generation {
+            break now;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "{now:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    let told = |words: &str| after.events.iter().any(|event| event.contains(words));
+    assert!(told("hung and was killed: it does not answer for 3 s"), "{:?}", after.events);
+    assert!(told("tried again in 2 s: 1 of at most 6 starts failed"), "{:?}", after.events);
+    let stop = rig.vm_client().stop(request("web")).await.unwrap().into_inner();
+    rig.done(stop).await;
+    rig.agent.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_moves_live_and_a_crash_is_told() {
     if !kvm_is_here() {
@@ -162,4 +247,93 @@ async fn a_vm_moves_live_and_a_crash_is_told() {
     rig.done(stopped).await;
     rig.agent.end().await;
     second.agent.end().await;
+}
+
+async fn fence(rig: &Rig, node: &str, machine_is_off: bool) -> Result<Vec<ReleasedVm>, Status> {
+    let request = FenceNodeRequest { node: node.into(), machine_is_off };
+    let answer = NodesClient::new(rig.channel.clone()).fence(request).await;
+    answer.map(|answer| answer.into_inner().vms)
+}
+
+/// As [`fence`] once the node has been silent for long enough.
+async fn fence_silent(
+    rig: &Rig,
+    node: &str,
+    machine_is_off: bool,
+) -> Result<Vec<ReleasedVm>, Status> {
+    let begin = Instant::now();
+    loop {
+        let answer = fence(rig, node, machine_is_off).await;
+        let early = |status: &Status| {
+            ["the node is alive", "lease may still run"]
+                .into_iter()
+                .any(|why| status.message().contains(why))
+        };
+        if !answer.as_ref().is_err_and(early) {
+            return answer;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "{answer:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_lost_for_good_is_fenced_by_hand() {
+    if !kvm_is_here() {
+        return;
+    }
+    let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let with_lease = |dir: &Path, uid_base| {
+        let mut config = config(dir, uid_base);
+        config.timing.lease_ms = 3_000;
+        config
+    };
+    let rig = first_with(dirs[0].path(), with_lease(dirs[0].path(), 910_000)).await;
+    let mut others = Vec::new();
+    for (number, uid_base) in [(2, 960_000), (3, 1_010_000)] {
+        let other = Rig::with(with_lease(dirs[number - 1].path(), uid_base)).await;
+        other.join(&rig, &format!("n{number}")).await;
+        others.push(other);
+    }
+    rig.online(3).await;
+    start(&rig, "web", false, "n3").await;
+    start(&rig, "db", false, "n3").await;
+
+    let lost = others.pop().unwrap();
+    let alive = fence(&rig, "n3", true).await.unwrap_err();
+    assert!(alive.message().contains("the node is alive"), "{alive}");
+    // The agent is gone; of the VMs one goes with it, the other runs on: the person was wrong.
+    let config = lost.config.clone();
+    let web = lost.agent.node().unwrap().supervisor.get(&"web".parse().unwrap()).unwrap();
+    let db = lost.agent.node().unwrap().supervisor.get(&"db".parse().unwrap()).unwrap();
+    lost.agent.end().await;
+    drop(lost);
+    let kill = |pid: u32, signal| {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap()), signal)
+    };
+    kill(web.pid, Some(nix::sys::signal::Signal::SIGKILL)).unwrap();
+    let unsure = fence_silent(&rig, "n3", false).await.unwrap_err();
+    assert!(unsure.message().contains("--yes-it-is-off"), "{unsure}");
+    assert_eq!(rig.vm("web").await.phase, "started", "nothing was changed");
+    let released = fence_silent(&rig, "n3", true).await.unwrap();
+    let names: Vec<_> = released.iter().map(|vm| (vm.vm.as_str(), vm.ha, vm.bound)).collect();
+    assert_eq!(names, [("db", false, false), ("web", false, false)]);
+
+    let task = rig.vm_client().start(request("web")).await.unwrap().into_inner();
+    rig.done(task).await;
+    let vm = rig.vm("web").await;
+    assert_ne!(vm.node, "n3");
+    assert_eq!(vm.phase, "started");
+
+    // It comes back with a process of a generation that is over, ends it, and is clean only then.
+    assert!(kill(db.pid, None).is_ok(), "it was to run on");
+    let back = Rig::with(config).await;
+    rig.online(3).await;
+    assert!(back.agent.node().unwrap().supervisor.running().is_empty());
+    assert_eq!(rig.vm("db").await.phase, "stopped");
+    let task = rig.vm_client().stop(request("web")).await.unwrap().into_inner();
+    rig.done(task).await;
+    for agent in [&rig.agent, &others[0].agent, &back.agent] {
+        agent.end().await;
+    }
 }

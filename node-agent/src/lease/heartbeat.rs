@@ -5,18 +5,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Consistency, Txn};
-use proto::keys;
 use proto::record::FencedRecord;
 use proto::v1::peer_client::PeerClient;
 use proto::v1::{HeartbeatRequest, HeartbeatResponse};
+use proto::{Name, keys};
 use tokio_util::sync::CancellationToken;
 
 use super::LeaseMemory;
 use crate::node::Node;
+use crate::reconcile::{Step, decide};
 use crate::watchdog::Watchdog;
 
 /// How often the lease is looked at. The self-stop is late by at most this much.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How often a fenced node that is back looks whether it is clean.
+const STRANGERS_EVERY: Duration = Duration::from_millis(200);
 
 /// What the thread works with.
 #[derive(Debug)]
@@ -167,7 +171,8 @@ async fn ask_leader(node: &Node, sequence: u64) -> Result<HeartbeatResponse, ton
 }
 
 /// This node was fenced: everything HA that it may still run is of an old generation. Ends it,
-/// and only when all of it is gone deletes the record, which makes the node online again.
+/// and only when all of it is gone deletes the record, which makes the node online again. The same
+/// goes for VMs without HA that were taken from it by hand.
 async fn come_back(node: &Node) {
     tracing::warn!("this node was declared dead and fenced; ending what it still runs for HA");
     loop {
@@ -178,10 +183,35 @@ async fn come_back(node: &Node) {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    loop {
+        match strangers(node).await {
+            Ok(strangers) if strangers.is_empty() => break,
+            // The reconciler ends them: it alone starts and stops VMs that no lease binds.
+            Ok(_) => tokio::time::sleep(STRANGERS_EVERY).await,
+            Err(error) => {
+                tracing::warn!("cannot tell yet which VMs were taken from this node: {error}");
+                return;
+            }
+        }
+    }
     match delete_fenced_record(node).await {
         Ok(()) => tracing::info!("clean again after having been fenced"),
         Err(error) => tracing::warn!("cannot report that this node is clean again: {error}"),
     }
+}
+
+/// The processes here whose VMs another node may run by now.
+async fn strangers(node: &Node) -> Result<Vec<Name>, crate::store::RecordError> {
+    let mut strangers = Vec::new();
+    for process in node.supervisor.running() {
+        let placement = node.store.placement(&process.name).await?;
+        let placement = placement.as_ref().map(|placement| &placement.value);
+        let step = decide(node.id, placement, Some(&process), false, false);
+        if step == Step::Kill {
+            strangers.push(process.name);
+        }
+    }
+    Ok(strangers)
 }
 
 async fn delete_fenced_record(node: &Node) -> Result<(), crate::store::RecordError> {

@@ -198,8 +198,10 @@ fn lost(placement: &mut Placement, reason: Option<&ExitReason>, here: &str) {
             placement.message = None;
             placement.note(stamped("the guest powered off"));
         }
-        Some(ExitReason::Failed(why)) => {
-            let why = format!("its process on {here} ended: {why}");
+        Some(reason @ (ExitReason::Failed(why) | ExitReason::Hung(why))) => {
+            let how =
+                if matches!(reason, ExitReason::Hung(_)) { "hung and was killed" } else { "ended" };
+            let why = format!("its process on {here} {how}: {why}");
             placement.note(stamped(&why));
             if placement.ha {
                 placement.start_failures = placement.start_failures.saturating_add(1);
@@ -275,6 +277,12 @@ mod tests {
     fn a_crash_is_counted_for_ha_and_told_otherwise() {
         let placement = after(true, Some(ExitReason::Failed("signal 11".into())));
         assert_eq!((placement.phase, placement.start_failures), (Phase::Recovering, 1));
+        let hung = after(true, Some(ExitReason::Hung("it does not answer for 30 s".into())));
+        assert_eq!((hung.phase, hung.start_failures), (Phase::Recovering, 1));
+        assert!(
+            hung.events[0].contains("on n1 hung and was killed: it does not answer"),
+            "{hung:?}"
+        );
         let placement = after(false, Some(ExitReason::Failed("signal 11".into())));
         assert_eq!(placement.phase, Phase::Error);
         assert!(placement.message.is_some_and(|m| m.contains("signal 11")));

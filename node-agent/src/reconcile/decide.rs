@@ -9,6 +9,7 @@
 //! stopping            MarkStopped       Stop                   Kill
 //! stopped, error, …   -                 Kill                   Kill
 //! ```
+//! A process that does not answer is ended where it must not run, and left alone otherwise.
 //! Receiving processes and sources that wait for a commit are told by the placement as well:
 //! RunIncoming, ResolveCommit, Kill.
 
@@ -59,6 +60,7 @@ pub fn decide(
 ) -> Step {
     let mine = placement.filter(|placement| placement.owner == me);
     match process {
+        Some(process) if process.state == VmState::Unknown => unanswered(me, placement, process),
         Some(process) if process.migration_id.is_some() => incoming(me, placement, process),
         Some(process) if process.state == VmState::AwaitingCommit => outgoing(mine, process),
         Some(process) if process.state == VmState::Migrated => Step::Leave,
@@ -93,6 +95,27 @@ fn absent(phase: Phase, may_start: bool) -> Step {
         | Phase::Recovering
         | Phase::Error
         | Phase::Unplaceable => Step::Leave,
+    }
+}
+
+/// A process that does not answer (yet). It is only ended where it must not run whatever it does;
+/// one that hangs is found by its supervisor.
+fn unanswered(me: NodeId, placement: Option<&Placement>, process: &RunningVm) -> Step {
+    let receives = process.migration_id.is_some();
+    let placement = placement.filter(|placement| placement.vm_id == process.vm_id);
+    let Some(mine) = placement.filter(|placement| placement.owner == me) else {
+        let awaited = placement
+            .is_some_and(|theirs| receives && theirs.phase == Phase::Migrating { target: me });
+        return if awaited { Step::Leave } else { Step::Kill };
+    };
+    // One that receives may run the VM by now, at the generation of the commit.
+    let current = mine.generation == process.generation
+        || receives && mine.generation == process.generation.next();
+    match mine.phase {
+        _ if !current => Step::Kill,
+        Phase::Starting | Phase::Started | Phase::Migrating { .. } => Step::Leave,
+        Phase::Stopping => Step::Stop,
+        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => Step::Kill,
     }
 }
 
@@ -235,6 +258,25 @@ mod tests {
                 Step::Kill
             ]
         );
+    }
+
+    #[test]
+    fn a_process_that_does_not_answer_is_ended_only_where_it_must_not_run() {
+        let silent = process(1, VmState::Unknown);
+        let steps = PHASES.map(|phase| step(Some(&placement(ME, 1, phase)), Some(&silent)));
+        use Step::{Kill, Leave, Stop};
+        assert_eq!(steps, [Kill, Leave, Leave, Stop, Leave, Kill, Kill, Kill]);
+        for phase in PHASES {
+            assert_eq!(step(Some(&placement(ME, 2, phase)), Some(&silent)), Kill);
+            assert_eq!(step(Some(&placement(OTHER, 1, phase)), Some(&silent)), Kill);
+        }
+        assert_eq!(step(None, Some(&silent)), Kill);
+        // It may have been told to run what it received, just before the agent before this one ended.
+        let receiver = RunningVm { migration_id: Some("m".into()), ..silent };
+        assert_eq!(step(Some(&placement(ME, 2, Phase::Started)), Some(&receiver)), Leave);
+        assert_eq!(step(Some(&placement(ME, 3, Phase::Started)), Some(&receiver)), Kill);
+        let to_me = placement(OTHER, 1, Phase::Migrating { target: ME });
+        assert_eq!(step(Some(&to_me), Some(&receiver)), Leave);
     }
 
     #[test]

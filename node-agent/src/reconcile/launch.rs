@@ -51,8 +51,7 @@ pub async fn make_launch(
     placement: &Placement,
     deadline_ns: Option<u64>,
 ) -> Result<Launch, LaunchError> {
-    let guarded = !node.hardware.watchdog.is_empty() || node.config.allow_ha_without_watchdog;
-    if placement.ha && !guarded {
+    if placement.ha && !node.may_run_ha() {
         return Err(LaunchError::NoWatchdog(node.name.clone()));
     }
     let document = node

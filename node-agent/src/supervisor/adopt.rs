@@ -1,75 +1,65 @@
 //! Finding the VM processes of an agent before this one.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use proto::Name;
 
 use super::process::ProcessHandle;
-use super::{Entry, Files, Live, RunningVm, StateFile, Supervisor, VmError, client};
+use super::{Entry, Files, Live, RunningVm, StateFile, Supervisor, VmError, VmState, client};
 use crate::clock;
-
-/// How long a process that was found by its state file may take to answer. One that does not is
-/// killed: nobody could stop it otherwise when its VM has to run elsewhere.
-const ADOPTION_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a killed one may take to be gone. One that the kernel holds (storage that hangs) runs
-/// nothing more and keeps its disks' locks until then: the agent need not wait for it.
-const DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Supervisor {
     /// Adopts every VM process that an earlier agent left: the state file's pid must have the
-    /// start time that was written down, and its socket must answer for the same VM. Processes
-    /// that do not answer are killed; records of processes that are gone are removed.
+    /// start time that was written down. Records of processes that are gone are removed.
+    ///
+    /// Waits for none of them: from here on each is renewed, counted and killed as any other. What
+    /// it is doing is [`VmState::Unknown`] until it has answered, and one that never does hangs.
     ///
     /// # Errors
-    /// [`VmError::Io`] if the run folder cannot be read.
-    pub async fn adopt_all(&self) -> Result<Vec<RunningVm>, VmError> {
+    /// [`VmError::Io`] if the run folder, or what is written in it, cannot be read: a VM that runs
+    /// unknown to its agent would be started once more.
+    pub fn adopt_all(&self) -> Result<Vec<RunningVm>, VmError> {
         let found = Files::all(&self.shared.config.run_dir)?;
-        futures::future::join_all(
-            found.into_iter().map(|(name, files)| async move { self.adopt(&name, files).await }),
-        )
-        .await;
+        found.into_iter().try_for_each(|(name, files)| self.adopt(&name, files))?;
         Ok(self.running())
     }
 
-    async fn adopt(&self, name: &Name, files: Files) {
-        let Ok(state) = files.read_state() else { return };
+    fn adopt(&self, name: &Name, files: Files) -> Result<(), VmError> {
+        let Some(state) = files.read_state_if_any()? else { return Ok(()) };
         let same_boot = state.boot_id.is_empty() || state.boot_id == clock::boot_id();
         let process = ProcessHandle::reopen(state.pid, state.start_time).filter(|_| same_boot);
         let Some(process) = process else {
             tracing::info!(vm = %name, pid = state.pid, "its process ended while no agent ran");
             self.clean_up(&files, &state);
-            return;
-        };
-        let answer = client::first_status(&files, ADOPTION_TIMEOUT).await;
-        let Some((client, status)) = answer.filter(|(_, status)| status.vm == name.as_str()) else {
-            tracing::warn!(vm = %name, pid = state.pid, "its process answers nothing: killing it");
-            if let Err(errno) = process.signal(Signal::SIGKILL) {
-                tracing::error!(vm = %name, pid = state.pid, %errno, "cannot kill it");
-            }
-            match tokio::time::timeout(DEATH_TIMEOUT, process.exited()).await {
-                Ok(Ok(_)) => self.clean_up(&files, &state),
-                _ => tracing::error!(vm = %name, pid = state.pid, "it is not gone yet"),
-            }
-            return;
+            return Ok(());
         };
         if state.ha {
             self.shared.deadlines.add(name, files.deadline_socket());
         }
+        let client = client::connect(files.control_socket());
         let live = Live::new(files, state, process, client);
-        live.remember(&status);
-        tracing::info!(vm = %name, pid = live.process.pid(), state = status.state, "adopted");
+        live.last().state = VmState::Unknown;
+        tracing::info!(vm = %name, pid = live.process.pid(), "adopted");
         self.admit(Arc::new(live));
+        Ok(())
     }
 
-    /// Takes a ready process into the books and watches it.
+    /// Takes a process into the books and watches it.
     pub(super) fn admit(&self, live: Arc<Live>) {
         let name = live.state.name.clone();
         self.vms().insert(name, Entry::Live(Arc::clone(&live)));
         let supervisor = self.clone();
         tokio::spawn(async move {
-            let reason = live.watch().await;
+            let config = &supervisor.shared.config;
+            let health = async {
+                live.watch_health(config).await;
+                // It was killed: its end tells.
+                std::future::pending().await
+            };
+            let reason = tokio::select! {
+                reason = live.watch() => reason,
+                reason = health => reason,
+            };
             supervisor.retire(&live, reason);
         });
     }
@@ -110,7 +100,7 @@ impl Live {
             state: super::VmState::Created,
             generation: state.generation,
             incoming: state.migration_id.clone(),
-            killed: false,
+            killed: None,
         };
         let gone = tokio::sync::watch::Sender::new(None);
         Self { files, state, process, client, last: std::sync::Mutex::new(last), gone }
@@ -119,23 +109,23 @@ impl Live {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::{UnixDatagram, UnixListener};
     use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
 
+    use nix::sys::signal::Signal;
     use proto::{Generation, VmId};
 
     use super::*;
-    use crate::supervisor::SupervisorConfig;
+    use crate::supervisor::{ExitReason, SupervisorConfig};
 
+    /// A process that knows nothing of VMs, and the state file that an earlier agent left of it.
     #[expect(clippy::zombie_processes, reason = "it is reaped through its pidfd")]
-    #[tokio::test]
-    async fn a_process_of_another_boot_is_not_touched() {
-        let folder = tempfile::tempdir().unwrap();
-        let config = SupervisorConfig::new(folder.path());
-        let (supervisor, _exits) = Supervisor::new(config).unwrap();
-        let stranger = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
-        let process = ProcessHandle::open(stranger.id()).unwrap();
-        let name: Name = "web".parse().unwrap();
-        let files = Files::new(folder.path(), &name);
+    fn stranger(folder: &std::path::Path, vm: &str, ha: bool) -> (ProcessHandle, StateFile, Files) {
+        let child = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
+        let process = ProcessHandle::open(child.id()).unwrap();
+        let name: Name = vm.parse().unwrap();
+        let files = Files::new(folder, &name);
         files.prepare().unwrap();
         let state = StateFile {
             name,
@@ -143,19 +133,96 @@ mod tests {
             generation: Generation(3),
             pid: process.pid(),
             start_time: process.start_time(),
-            boot_id: "the boot before".into(),
-            ha: false,
+            boot_id: clock::boot_id(),
+            ha,
             memory_bytes: 64 << 20,
             uid: None,
             cgroup: None,
             migration_id: None,
         };
         files.write_state(&state).unwrap();
-        let adopted = supervisor.adopt_all().await.unwrap();
+        (process, state, files)
+    }
+
+    #[tokio::test]
+    async fn a_process_of_another_boot_is_not_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = SupervisorConfig::new(folder.path());
+        let (supervisor, _exits) = Supervisor::new(config).unwrap();
+        let (process, mut state, files) = stranger(folder.path(), "web", false);
+        state.boot_id = "the boot before".into();
+        files.write_state(&state).unwrap();
+        let adopted = supervisor.adopt_all().unwrap();
         let untouched = process.reap();
         process.signal(Signal::SIGKILL).unwrap();
         process.wait_and_reap();
         assert_eq!((adopted, untouched), (Vec::new(), None));
         assert!(!files.state().exists());
+    }
+
+    #[tokio::test]
+    async fn a_state_file_that_cannot_be_read_is_no_sign_that_nothing_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let (supervisor, _exits) = Supervisor::new(SupervisorConfig::new(folder.path())).unwrap();
+        let (process, _, files) = stranger(folder.path(), "web", true);
+        std::fs::write(files.state(), b"{").unwrap();
+        let refused = supervisor.adopt_all().unwrap_err();
+        process.signal(Signal::SIGKILL).unwrap();
+        process.wait_and_reap();
+        assert!(refused.to_string().contains("state.json"), "{refused}");
+        std::fs::remove_file(files.state()).unwrap();
+        assert_eq!(
+            supervisor.adopt_all().unwrap(),
+            Vec::new(),
+            "a VM that has ended left its logs"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_process_that_hangs_delays_no_other_and_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = SupervisorConfig::new(folder.path());
+        config.probe_every = Duration::from_millis(100);
+        config.hang_limit = Duration::from_millis(600);
+        let (supervisor, mut exits) = Supervisor::new(config).unwrap();
+        let (_hung, _, files) = stranger(folder.path(), "web", true);
+        // It is there and takes connections, and that is all.
+        let _control = UnixListener::bind(files.control_socket()).unwrap();
+        let deadlines = UnixDatagram::bind(files.deadline_socket()).unwrap();
+        deadlines.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+
+        let begin = Instant::now();
+        let adopted = supervisor.adopt_all().unwrap();
+        assert!(begin.elapsed() < Duration::from_millis(500), "{:?}", begin.elapsed());
+        let states: Vec<_> = adopted.iter().map(|vm| (vm.name.as_str(), vm.state)).collect();
+        assert_eq!(states, [("web", VmState::Unknown)]);
+        assert_eq!(supervisor.ha_count(), 1, "the watchdog knows of it");
+        supervisor.renew_deadlines(77);
+        let mut deadline = [0; 8];
+        deadlines.recv(&mut deadline).unwrap();
+        assert_eq!(u64::from_le_bytes(deadline), 77, "its lease goes on from the first moment");
+
+        let limit = Duration::from_secs(30);
+        let exited = tokio::time::timeout(limit, exits.recv()).await.unwrap().unwrap();
+        let ExitReason::Hung(why) = &exited.reason else { panic!("{exited:?}") };
+        assert!(why.contains("does not answer"), "{why}");
+        assert!(supervisor.running().is_empty() && !files.state().exists());
+    }
+
+    #[tokio::test]
+    async fn a_hung_process_without_ha_is_left_to_people() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = SupervisorConfig::new(folder.path());
+        config.probe_every = Duration::from_millis(20);
+        config.hang_limit = Duration::from_millis(60);
+        let (supervisor, mut exits) = Supervisor::new(config).unwrap();
+        let (_hung, _, files) = stranger(folder.path(), "web", false);
+        let _control = UnixListener::bind(files.control_socket()).unwrap();
+        supervisor.adopt_all().unwrap();
+        let wait = tokio::time::timeout(Duration::from_millis(600), exits.recv()).await;
+        assert!(wait.is_err(), "{wait:?}");
+        assert_eq!(supervisor.running().len(), 1);
+        supervisor.stop(&"web".parse().unwrap(), crate::supervisor::Stop::Kill).await.unwrap();
+        assert_eq!(exits.recv().await.unwrap().reason, ExitReason::Killed);
     }
 }

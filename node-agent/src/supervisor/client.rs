@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
 
-use super::{ExitReason, Files, LastSeen, Live, RunningVm, Stop, VmError, VmState};
+use super::{ExitReason, LastSeen, Live, RunningVm, Stop, VmError, VmState};
 use crate::vm_process::ExitRecord;
 
 /// How long a healthy process takes at most to answer what needs no disk.
@@ -62,9 +62,13 @@ impl Live {
 
     /// Asks for the status and remembers it.
     pub(super) async fn refresh(&self) -> Option<VmProcessStatus> {
+        self.refresh_within(ANSWER_TIMEOUT).await
+    }
+
+    pub(super) async fn refresh_within(&self, limit: Duration) -> Option<VmProcessStatus> {
         let mut client = self.client.clone();
         let asked = client.status(VmProcessStatusRequest {});
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().and_then(Result::ok);
+        let answer = tokio::time::timeout(limit, asked).await.ok().and_then(Result::ok);
         let Some(status) = answer.map(Response::into_inner) else {
             self.last().state = VmState::Unknown;
             return None;
@@ -148,7 +152,12 @@ impl Live {
 
     /// SIGKILL, remembered so that the exit is told as a kill. Never blocks.
     pub(super) fn kill(&self) -> Result<(), VmError> {
-        self.last().killed = true;
+        self.kill_as(ExitReason::Killed)
+    }
+
+    /// The first reason counts.
+    pub(super) fn kill_as(&self, reason: ExitReason) -> Result<(), VmError> {
+        self.last().killed.get_or_insert(reason);
         self.signal(Signal::SIGKILL)
     }
 
@@ -227,8 +236,8 @@ impl Live {
         if let Some(record) = ExitRecord::read(&self.files.exit_record()) {
             return record.into();
         }
-        if self.last().killed {
-            return ExitReason::Killed;
+        if let Some(killed) = self.last().killed.clone() {
+            return killed;
         }
         ExitReason::Failed(match status {
             Some(WaitStatus::Signaled(_, Signal::SIGSYS, _)) => {
@@ -255,15 +264,4 @@ impl Live {
     fn refused(&self, action: &'static str, status: Status) -> VmError {
         VmError::Process { name: self.state.name.clone(), action, status }
     }
-}
-
-/// Waits for a control socket to answer with a status of the expected VM.
-pub(super) async fn first_status(
-    files: &Files,
-    limit: Duration,
-) -> Option<(VmProcessClient<Channel>, VmProcessStatus)> {
-    let client = connect(files.control_socket());
-    let mut asking = client.clone();
-    let answer = tokio::time::timeout(limit, asking.status(VmProcessStatusRequest {})).await;
-    Some((client, answer.ok()?.ok()?.into_inner()))
 }

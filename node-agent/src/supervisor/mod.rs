@@ -17,6 +17,7 @@
 mod adopt;
 mod client;
 mod deadline;
+mod health;
 mod launch;
 mod process;
 mod start;
@@ -56,6 +57,12 @@ pub struct SupervisorConfig {
     pub reserve_memory_bytes: u64,
     /// How long a VM process may take to be ready.
     pub start_timeout: Duration,
+    /// How often each process is asked for a sign of life, and the longest that it may take to
+    /// answer then.
+    pub probe_every: Duration,
+    /// A process, or a vCPU, that gives no sign of life for this long hangs: that of an HA VM is
+    /// ended.
+    pub hang_limit: Duration,
 }
 
 impl SupervisorConfig {
@@ -69,6 +76,8 @@ impl SupervisorConfig {
             cgroups: true,
             reserve_memory_bytes: 0,
             start_timeout: Duration::from_secs(120),
+            probe_every: Duration::from_secs(5),
+            hang_limit: Duration::from_secs(30),
         }
     }
 }
@@ -160,6 +169,8 @@ pub enum ExitReason {
     Stopped,
     /// Killed on request.
     Killed,
+    /// It gave no sign of life any more, and was killed.
+    Hung(String),
     /// Its deadline passed without a renewal.
     Lease,
     /// Handed over to another node.
@@ -176,6 +187,7 @@ impl std::fmt::Display for ExitReason {
             Self::GuestShutdown => f.write_str("the guest powered off"),
             Self::Stopped => f.write_str("stopped"),
             Self::Killed => f.write_str("killed"),
+            Self::Hung(reason) => write!(f, "hung and was killed: {reason}"),
             Self::Lease => f.write_str("the node lease ended"),
             Self::Migrated => f.write_str("moved to another node"),
             Self::IncomingAborted(reason) => write!(f, "incoming migration given up: {reason}"),
@@ -302,7 +314,7 @@ struct LastSeen {
     generation: Generation,
     incoming: Option<String>,
     /// Set before this agent kills it, so that the exit is told as what it is.
-    killed: bool,
+    killed: Option<ExitReason>,
 }
 
 impl Supervisor {

@@ -106,8 +106,18 @@ impl Files {
         write_whole(&self.state(), state)
     }
 
+    #[cfg(test)]
     pub(super) fn read_state(&self) -> Result<StateFile, VmError> {
         read(&self.state())
+    }
+
+    /// `None`: no process of the VM was left here.
+    pub(super) fn read_state_if_any(&self) -> Result<Option<StateFile>, VmError> {
+        match read(&self.state()) {
+            Ok(state) => Ok(Some(state)),
+            Err(VmError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) fn forget_process(&self) -> Result<(), VmError> {

@@ -13,7 +13,7 @@ use std::error::Error;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use proto::v1::VmProcessStatus;
@@ -21,8 +21,9 @@ use proto::{Generation, Name, VmId};
 use tonic::Status;
 use vmm_core::gate::{WriteGate, boottime_ns};
 use vmm_core::machine::{Machine, MachineEvent};
+use vmm_core::memory::GuestMemory;
 use vmm_core::migrate::tls::Identity;
-use vmm_core::migrate::{CancelToken, Pagemap};
+use vmm_core::migrate::{CancelToken, DirtyPages, MigrationVm, Pagemap, VmError};
 use vmm_core::pci::PciError;
 use vmm_core::virtio::ImageError;
 
@@ -36,6 +37,12 @@ const LOCK_LIMIT: Duration = Duration::from_secs(5);
 const LOCK_AGAIN: Duration = Duration::from_millis(1);
 /// How long a migration that was refused may take to let the VM run on.
 const RESUME_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long a status waits for a change that is under way.
+const STATUS_LIMIT: Duration = Duration::from_secs(1);
+const STATUS_AGAIN: Duration = Duration::from_millis(5);
+/// How long a pause, or the end, waits for the console's log on disk.
+const LOG_LIMIT: Duration = Duration::from_millis(200);
 
 /// What the process is doing with its VM.
 #[derive(Debug)]
@@ -73,6 +80,8 @@ pub(super) struct Control {
     ending: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
+    /// The last status, for when a change under way takes long.
+    told: Mutex<VmProcessStatus>,
 }
 
 /// What the machine's guest and this process's VM are made of.
@@ -108,6 +117,7 @@ impl Control {
             ending: AtomicBool::new(false),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            told: Mutex::default(),
         }
     }
 
@@ -115,13 +125,45 @@ impl Control {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set_phase(&self, phase: Phase) {
-        self.state().phase = phase;
+    /// Goes on to another phase. `false`: the end has begun, or the VM is another node's; nothing
+    /// leads away from either.
+    pub(super) fn set_phase(&self, phase: Phase) -> bool {
+        let mut state = self.state();
+        let over = matches!(state.phase, Phase::Ending | Phase::Migrated { .. });
+        if !over {
+            state.phase = phase;
+        }
+        drop(state);
         self.changed.notify_all();
+        !over
     }
 
+    /// The state, unless a change under way (a flush to storage that hangs, say) holds it for long.
+    fn state_soon(&self) -> Option<MutexGuard<'_, State>> {
+        let begin = Instant::now();
+        loop {
+            match self.state.try_lock() {
+                Ok(state) => return Some(state),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if begin.elapsed() >= STATUS_LIMIT => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(STATUS_AGAIN),
+            }
+        }
+    }
+
+    /// What the process is doing. Answers also while a change takes long, with what was before it:
+    /// this is how the agent tells a process that is slow from one that hangs.
     pub(super) fn status(&self) -> VmProcessStatus {
-        let state = self.state();
+        let now = self.state_soon().map(|state| self.describe(&state));
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(now) = now {
+            *told = now;
+        }
+        told.silent_ms = u64::try_from(self.machine.silence().as_millis()).unwrap_or(u64::MAX);
+        told.clone()
+    }
+
+    fn describe(&self, state: &State) -> VmProcessStatus {
         let word = match &state.phase {
             Phase::Live if state.paused => "paused",
             Phase::Live | Phase::MovingOut { .. } => "running",
@@ -137,7 +179,7 @@ impl Control {
             state: word.to_owned(),
             boot_time_ns: state.started_ns,
             deadline_ns: self.gate.deadline_ns(),
-            stop_reason: String::new(),
+            ..VmProcessStatus::default()
         }
     }
 
@@ -171,6 +213,8 @@ impl Control {
         state.must_be_live("paused")?;
         self.machine.pause().map_err(|error| internal(&error))?;
         state.paused = true;
+        drop(state);
+        self.machine.serial().output().flush(LOG_LIMIT);
         Ok(())
     }
 
@@ -293,6 +337,10 @@ impl Control {
     pub(super) fn handle_event(&self, event: MachineEvent) {
         tracing::info!(?event, "the machine stands still");
         match event {
+            MachineEvent::DeadlinePassed => self.end(&ExitRecord::Lease),
+            // Overtaken by what was done about an earlier one: the guest runs on already, or is
+            // being moved by now, and is not touched.
+            _ if !self.machine.is_halted() => tracing::info!("nothing is left to do about it"),
             MachineEvent::Shutdown => {
                 // Devices are drained and flushed by the pause.
                 let record = match self.quiesce() {
@@ -302,12 +350,16 @@ impl Control {
                 self.end(&record);
             }
             MachineEvent::Reset(_) => {
+                let state = self.state();
+                // While a commit is awaited, and after it, nothing may run, by whatever event.
+                if !matches!(state.phase, Phase::Live | Phase::MovingOut { .. }) {
+                    return;
+                }
                 if let Err(error) = self.machine.reset() {
                     self.end(&ExitRecord::Error(format!("reset: {}", chain(&error))));
                 }
             }
             MachineEvent::Crashed { reason } => self.end(&ExitRecord::Error(reason)),
-            MachineEvent::DeadlinePassed => self.end(&ExitRecord::Lease),
         }
     }
 
@@ -320,10 +372,64 @@ impl Control {
             }
         }
         tracing::info!(?record, "ending");
+        self.machine.serial().output().flush(LOG_LIMIT);
         record.write(&self.exit_file);
         // SAFETY: ends the process at once without running anything else in it, which is wanted:
         // no destructor may wait for a guest or a peer.
         unsafe { libc::_exit(0) }
+    }
+}
+
+/// The machine, as a migration sees it: one whose end has begun is not resumed any more, however
+/// the migration ends.
+pub(super) struct Moving<'a> {
+    vm: &'a dyn MigrationVm,
+    state: &'a Mutex<State>,
+}
+
+impl Control {
+    pub(super) fn moving(&self) -> Moving<'_> {
+        Moving { vm: self.machine.as_ref(), state: &self.state }
+    }
+
+    /// The migration has failed, and the VM runs on here (`resumed`: it does), unless its agent has
+    /// learnt meanwhile that it is another node's.
+    pub(super) fn runs_on(&self, resumed: bool) {
+        if self.set_phase(Phase::Live) {
+            self.state().paused = !resumed;
+        } else if matches!(self.state().phase, Phase::Migrated { .. }) {
+            self.end(&ExitRecord::Migrated);
+        }
+    }
+}
+
+impl MigrationVm for Moving<'_> {
+    fn memory(&self) -> &GuestMemory {
+        self.vm.memory()
+    }
+    fn start_dirty_tracking(&self) -> Result<(), VmError> {
+        self.vm.start_dirty_tracking()
+    }
+    fn take_dirty(&self) -> Result<DirtyPages, VmError> {
+        self.vm.take_dirty()
+    }
+    fn stop_dirty_tracking(&self) -> Result<(), VmError> {
+        self.vm.stop_dirty_tracking()
+    }
+    fn flush_disks(&self) -> Result<(), VmError> {
+        self.vm.flush_disks()
+    }
+    fn pause(&self) -> Result<(), VmError> {
+        self.vm.pause()
+    }
+    fn save_state(&self) -> Result<Vec<u8>, VmError> {
+        self.vm.save_state()
+    }
+
+    /// Under the state's lock: a stop is accepted before this, or after and then pauses the VM.
+    fn resume(&self) -> Result<(), VmError> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.may_run() { self.vm.resume() } else { Ok(()) }
     }
 }
 
@@ -342,6 +448,17 @@ impl State {
         }
         self.phase = Phase::Ending;
         Ok(())
+    }
+
+    /// Whether a migration that ends in this phase without a commit lets the guest run on.
+    fn may_run(&self) -> bool {
+        match self.phase {
+            Phase::Live | Phase::MovingOut { .. } | Phase::AwaitingCommit { .. } => true,
+            Phase::Migrated { .. }
+            | Phase::Incoming
+            | Phase::IncomingComplete { .. }
+            | Phase::Ending => false,
+        }
     }
 
     fn must_be_live(&self, what: &str) -> Result<(), Status> {
@@ -383,6 +500,57 @@ mod tests {
     use std::sync::mpsc::sync_channel;
 
     use super::*;
+
+    /// A VM that counts how often it was let run.
+    #[derive(Debug, Default)]
+    struct Counting(std::sync::atomic::AtomicUsize);
+
+    impl MigrationVm for Counting {
+        fn memory(&self) -> &GuestMemory {
+            unimplemented!("not asked for here")
+        }
+        fn start_dirty_tracking(&self) -> Result<(), VmError> {
+            Ok(())
+        }
+        fn take_dirty(&self) -> Result<DirtyPages, VmError> {
+            unimplemented!("not asked for here")
+        }
+        fn stop_dirty_tracking(&self) -> Result<(), VmError> {
+            Ok(())
+        }
+        fn flush_disks(&self) -> Result<(), VmError> {
+            Ok(())
+        }
+        fn pause(&self) -> Result<(), VmError> {
+            Ok(())
+        }
+        fn save_state(&self) -> Result<Vec<u8>, VmError> {
+            Ok(Vec::new())
+        }
+        fn resume(&self) -> Result<(), VmError> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_stop_that_was_accepted_in_the_middle_of_a_move_is_the_end() {
+        let vm = Counting::default();
+        let resumed = || vm.0.load(Ordering::SeqCst);
+        let (decide, _decision) = sync_channel(1);
+        let awaiting = Phase::AwaitingCommit { id: "m".into(), decide };
+        for (phase, times) in
+            [(Phase::MovingOut { cancel: CancelToken::default() }, 1), (awaiting, 2)]
+        {
+            let state = Mutex::new(state(phase));
+            Moving { vm: &vm, state: &state }.resume().unwrap();
+            assert_eq!(resumed(), times, "a failed or refused migration runs on");
+        }
+        let state = Mutex::new(state(Phase::MovingOut { cancel: CancelToken::default() }));
+        state.lock().unwrap().begin_ending().unwrap();
+        Moving { vm: &vm, state: &state }.resume().unwrap();
+        assert_eq!(resumed(), 2, "it ran after its stop was accepted");
+    }
 
     fn state(phase: Phase) -> State {
         State { phase, generation: Generation(1), paused: false, started_ns: 0 }

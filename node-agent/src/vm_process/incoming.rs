@@ -66,7 +66,9 @@ fn run(control: &Arc<Control>, mut acceptor: TlsAcceptor, options: &TargetOption
     tracing::info!(rounds = ready.rounds, pages = ready.pages, "received; waiting for the commit");
     let (running, runs) = sync_channel(1);
     let id = options.subject.migration_id.clone();
-    control.set_phase(Phase::IncomingComplete { id, running });
+    if !control.set_phase(Phase::IncomingComplete { id, running }) {
+        return;
+    }
     match ready.wait_outcome(OUTCOME_LIMIT) {
         Outcome::Committed | Outcome::Unknown => {}
         Outcome::Abandoned(reason) => {

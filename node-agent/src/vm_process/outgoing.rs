@@ -90,7 +90,7 @@ fn run(
     events: Events,
 ) {
     let mut hooks = Hooks { control, id, cancel: options.cancel.clone(), events: events.clone() };
-    match migrate(control.machine.as_ref(), &mut connector, options, &mut hooks) {
+    match migrate(&control.moving(), &mut connector, options, &mut hooks) {
         Ok(migrated) => {
             tracing::info!(?migrated, "moved away");
             send(&events, Event::Done(done(&migrated)));
@@ -99,10 +99,7 @@ fn run(
         }
         Err(error) => {
             tracing::warn!(error = chain(&error), "the migration failed");
-            control.state().paused = matches!(error, SourceError::NotResumed { .. });
-            if !matches!(control.state().phase, Phase::Ending) {
-                control.set_phase(Phase::Live);
-            }
+            control.runs_on(!matches!(error, SourceError::NotResumed { .. }));
             send(&events, Event::Failed(chain(&error)));
         }
     }

@@ -8,9 +8,11 @@ use proto::record::{DiskClaim, Phase, Placement, Requested};
 use proto::{Name, VmSpec, keys};
 use tonic::Status;
 
+use super::shutdowns::Overrule;
 use super::{no_task, unknown_vm};
 use crate::api::forward::Caller;
 use crate::events::stamped;
+use crate::jobs::Job;
 use crate::node::Node;
 use crate::store::store_status;
 use crate::supervisor::{Stop, VmError};
@@ -64,7 +66,10 @@ pub async fn stop(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String
     let (node_, vm_, user) = (node.clone(), vm.clone(), caller.user.clone());
     node.tasks
         .spawn("vm.stop", vm.as_str(), &caller.user, move |task| async move {
-            end(&node_, &task, &vm_, &user, Stop::Graceful).await
+            let why = format!("stop asked by {user}, task {}", task.id());
+            overrule_shutdowns(&node_, &task, &vm_, &Overrule { why, ends: true });
+            let job = node_.jobs.begin(&vm_).await;
+            end(&node_, &task, &vm_, &user, job, node_.supervisor.stop(&vm_, Stop::Graceful)).await
         })
         .map_err(no_task)
 }
@@ -90,19 +95,95 @@ pub async fn shutdown(
     let (node_, vm_, user) = (node.clone(), vm.clone(), caller.user.clone());
     node.tasks
         .spawn("vm.shutdown", vm.as_str(), &caller.user, move |task| async move {
-            end(&node_, &task, &vm_, &user, Stop::PowerButton { timeout, force }).await
+            press_power_button(&node_, &task, &vm_, &user, timeout, force).await
         })
         .map_err(no_task)
 }
 
-async fn end(
+/// Tells the VM's shutdowns that something else takes their place.
+fn overrule_shutdowns(node: &Node, task: &TaskContext, vm: &Name, overrule: &Overrule) {
+    let count = node.shutdowns.overrule(vm, overrule);
+    if count > 0 {
+        task.log(format!("{count} shutdown of {vm} under way: cancelled for this"));
+    }
+}
+
+/// Why a shutdown gave up waiting for its guest.
+enum GaveUp {
+    Cancelled,
+    Overruled(Overrule),
+}
+
+impl From<GaveUp> for TaskFailure {
+    fn from(gave_up: GaveUp) -> Self {
+        match gave_up {
+            GaveUp::Cancelled => Self::Cancelled,
+            GaveUp::Overruled(overrule) => Self::Overruled(overrule.why),
+        }
+    }
+}
+
+async fn press_power_button(
     node: &Node,
     task: &TaskContext,
     vm: &Name,
     user: &str,
-    how: Stop,
+    timeout: Duration,
+    force: bool,
 ) -> Result<Option<serde_json::Value>, TaskFailure> {
-    let job = node.jobs.begin(vm).await;
+    let shutdown = node.shutdowns.begin(vm);
+    let gave_up = || async {
+        tokio::select! {
+            overrule = shutdown.overruled() => GaveUp::Overruled(overrule),
+            () = task.cancel().cancelled() => GaveUp::Cancelled,
+        }
+    };
+    let job = tokio::select! {
+        job = node.jobs.begin(vm) => job,
+        gave_up = gave_up() => return Err(gave_up.into()),
+    };
+    let stopping = async {
+        task.progress("waiting for the guest", 0, 0);
+        tokio::select! {
+            stopped = node.supervisor.stop(vm, Stop::PowerButton { timeout, force }) => {
+                stopped.map_err(Ended::from)
+            }
+            gave_up = gave_up() => Err(Ended::GaveUp(gave_up)),
+        }
+    };
+    end(node, task, vm, user, job, stopping).await
+}
+
+/// Why a VM that was to end has not, as far as is known.
+enum Ended {
+    GaveUp(GaveUp),
+    Failed(VmError),
+}
+
+impl From<VmError> for Ended {
+    fn from(error: VmError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Ended> for TaskFailure {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::GaveUp(gave_up) => gave_up.into(),
+            Ended::Failed(error) => error.into(),
+        }
+    }
+}
+
+/// Says that the VM is to end, lets `stopping` end it, and says what became of it.
+async fn end<E: Into<Ended>>(
+    node: &Node,
+    task: &TaskContext,
+    vm: &Name,
+    user: &str,
+    job: Job,
+    stopping: impl Future<Output = Result<(), E>>,
+) -> Result<Option<serde_json::Value>, TaskFailure> {
     let changed = node
         .store
         .update_placement(vm, |placement| {
@@ -127,11 +208,15 @@ async fn end(
             node.name_of(changed.value.owner)
         )));
     }
-    task.progress(if how == Stop::Graceful { "stopping" } else { "waiting for the guest" }, 0, 0);
-    let stopped = tokio::select! {
-        stopped = node.supervisor.stop(vm, how) => stopped.map_err(TaskFailure::from),
-        () = task.cancel().cancelled(), if how != Stop::Graceful => Err(TaskFailure::Cancelled),
-    };
+    task.progress("stopping", 0, 0);
+    let stopped = stopping.await.map_err(Into::into);
+    if let Err(Ended::GaveUp(GaveUp::Overruled(overrule))) = &stopped
+        && overrule.ends
+    {
+        // Whoever ends it now finds it stopping, and so does the reconciler if nobody does.
+        drop(job);
+        return Err(TaskFailure::Overruled(overrule.why.clone()));
+    }
     let still_runs = stopped.is_err() && node.supervisor.get(vm).is_some();
     node.store
         .update_placement(vm, |placement| {
@@ -189,9 +274,13 @@ async fn press(
         Press::Pause => "vm.pause",
         Press::Resume => "vm.resume",
     };
-    let (node_, vm_) = (node.clone(), vm.clone());
+    let (node_, vm_, user) = (node.clone(), vm.clone(), caller.user.clone());
     node.tasks
         .spawn(kind, vm.as_str(), &caller.user, move |task| async move {
+            if matches!(press, Press::Reset) {
+                let why = format!("reset asked by {user}, task {}", task.id());
+                overrule_shutdowns(&node_, &task, &vm_, &Overrule { why, ends: false });
+            }
             let _job = node_.jobs.begin(&vm_).await;
             match press {
                 Press::Reset => node_.supervisor.reset(&vm_).await?,

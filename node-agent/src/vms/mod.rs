@@ -9,6 +9,7 @@ mod create;
 mod images;
 mod lifecycle;
 mod migrate;
+mod shutdowns;
 mod start;
 mod view;
 
@@ -21,6 +22,7 @@ pub use create::create;
 pub use images::{ImageShared, ImageUse, check_sharing, image_uses};
 pub use lifecycle::{delete, pause, reset, resume, shutdown, stop};
 pub use migrate::migrate;
+pub use shutdowns::Shutdowns;
 pub use start::start;
 pub use view::{list, show};
 

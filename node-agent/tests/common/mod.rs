@@ -37,7 +37,12 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (supervisor, exits) = Supervisor::new(config(folder.path())).unwrap();
+        let config = config(folder.path());
+        Self::with(folder, config)
+    }
+
+    pub(crate) fn with(folder: tempfile::TempDir, config: SupervisorConfig) -> Self {
+        let (supervisor, exits) = Supervisor::new(config).unwrap();
         Self { folder, supervisor, exits }
     }
 
