@@ -66,11 +66,13 @@ fn unused_memory_costs_neither_bytes_nor_memory() {
     for index in 0..64 {
         vm.memory().write_obj(index + 1, page_address(vm.memory(), index * 1001)).unwrap();
     }
+    // Looking through that much takes a busy machine without optimization longer than a stall.
+    let stall_limit = Duration::from_secs(120);
     for with_pagemap in [true, false] {
         let pagemap = with_pagemap.then(|| Arc::new(Pagemap::open().unwrap()));
         let options = (
-            &SourceOptions { pagemap: pagemap.clone(), ..source_options() },
-            &TargetOptions { pagemap, ..target_options() },
+            &SourceOptions { pagemap: pagemap.clone(), stall_limit, ..source_options() },
+            &TargetOptions { pagemap, stall_limit, ..target_options() },
         );
         let incoming = FakeIncoming::new(memory(SPARSE));
         let mut hooks = Hooks::committing();
