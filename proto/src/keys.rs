@@ -7,6 +7,16 @@ use crate::{Name, NodeId};
 
 /// All VM documents.
 pub const VMS: &str = "vms/";
+/// All nodes' documents.
+pub const NODE_DOCUMENTS: &str = "nodes/";
+/// All documents of who may do what.
+pub const ACCESS: &str = "access/";
+/// The document of the storage pools.
+pub const STORAGE_DOCUMENT: &str = "storage.toml";
+/// The document of the networks.
+pub const NETWORKS_DOCUMENT: &str = "networks.toml";
+/// The document of the cluster's settings.
+pub const CLUSTER_DOCUMENT: &str = "cluster.toml";
 /// All placement records.
 pub const PLACEMENTS: &str = "status/vms/";
 /// All node records.
@@ -56,6 +66,16 @@ pub fn removal(node: NodeId) -> String {
 #[must_use]
 pub fn disk_claim(image: &str) -> String {
     format!("{DISKS}{image}")
+}
+/// What people say about a node.
+#[must_use]
+pub fn node_document(node: &Name) -> String {
+    format!("{NODE_DOCUMENTS}{node}.toml")
+}
+/// What the holder of a client certificate may do.
+#[must_use]
+pub fn access_document(client: &Name) -> String {
+    format!("{ACCESS}{client}.toml")
 }
 /// A storage pool.
 #[must_use]

@@ -6,20 +6,23 @@
 //!
 //! Architecture invariant: no I/O, no clock, no async of its own.
 
-mod document;
+pub mod document;
+pub mod documents;
 mod ids;
 pub mod keys;
 pub mod record;
+pub mod schema;
 mod size;
-mod vm_spec;
+mod time_span;
 
 pub use document::DocumentError;
-pub use ids::{Generation, InvalidName, Name, NodeId, Revision, VmId};
-pub use size::{ByteSize, InvalidSize};
-pub use vm_spec::{
-    BootSpec, CMDLINE_MAX, CPUS_MAX, CpuModel, DiskSpec, HaSpec, MEMORY_MIN, NicSpec, SpecError,
+pub use documents::{
+    BootSpec, CMDLINE_MAX, CPUS_MAX, CpuModel, DiskSpec, HaSpec, InvalidImage, MEMORY_MIN, NicSpec,
     ValidatedVmSpec, VmSpec, parse_image, parse_mac,
 };
+pub use ids::{Generation, InvalidName, Name, NodeId, Revision, VmId};
+pub use size::{ByteSize, InvalidSize};
+pub use time_span::{InvalidTimeSpan, TimeSpan};
 
 /// Generated messages, clients and servers of the package `holdfast.v1`.
 #[allow(clippy::all, clippy::pedantic)]

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::documents::PoolKind;
 use crate::{Generation, Name, NodeId, VmId};
 
 /// Who runs a VM, at which generation, and what is being done with it.
@@ -215,16 +216,6 @@ pub struct PoolRecord {
     pub kind: PoolKind,
     /// Folder, the same path on every node.
     pub path: String,
-}
-
-/// Whether a pool's content is the same on all nodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PoolKind {
-    /// A folder of each node's own.
-    LocalDir,
-    /// One folder that all nodes mount (NFS, 9p, a cluster file system).
-    SharedDir,
 }
 
 /// A network that NICs plug into: a bridge of this name on every node.

@@ -69,7 +69,7 @@ impl Kind {
     }
 }
 
-fn parse_image(text: &str) -> Result<(String, String), proto::SpecError> {
+fn parse_image(text: &str) -> Result<(String, String), proto::InvalidImage> {
     proto::parse_image(text).map(|(pool, name)| (pool.to_string(), name.to_owned()))
 }
 

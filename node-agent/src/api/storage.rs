@@ -178,7 +178,7 @@ impl Storage for Api {
         let kind = (!header.kind.is_empty()).then(|| header.kind.parse::<ImageKind>()).transpose();
         let kind = kind.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let reference = format!("{}/{}", header.pool, header.name);
-        let invalid = |error: proto::SpecError| Status::invalid_argument(error.to_string());
+        let invalid = |error: proto::InvalidImage| Status::invalid_argument(error.to_string());
         let (pool, _) = parse_image(&reference).map_err(invalid)?;
         let pools = Pools::new(pools(&node).await?);
         let (name, size) = (header.name.clone(), header.size_bytes);
@@ -202,7 +202,7 @@ impl Storage for Api {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         let message = request.into_inner();
         let reference = format!("{}/{}", message.pool, message.name);
-        let invalid = |error: proto::SpecError| Status::invalid_argument(error.to_string());
+        let invalid = |error: proto::InvalidImage| Status::invalid_argument(error.to_string());
         let (pool, _) = parse_image(&reference).map_err(invalid)?;
         for (vm, spec) in crate::vms::specs(&node).await? {
             if let Some(used) = crate::vms::image_uses(&spec).find(|used| used.image == reference) {

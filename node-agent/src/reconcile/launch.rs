@@ -20,7 +20,7 @@ pub enum LaunchError {
     NoDocument(Name),
     /// The document is not valid (any more).
     #[error("the document of VM `{0}`: {1}")]
-    Document(Name, proto::SpecError),
+    Document(Name, proto::DocumentError),
     /// A file, pool or network is missing on this node.
     #[error(transparent)]
     Resolve(#[from] ResolveError),

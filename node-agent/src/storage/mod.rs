@@ -23,7 +23,7 @@ use proto::Name;
 pub enum StorageError {
     /// Not `pool/name`, or a name that is not a plain file name.
     #[error(transparent)]
-    Reference(#[from] proto::SpecError),
+    Reference(#[from] proto::InvalidImage),
     /// No such pool in the cluster.
     #[error("storage pool `{0}` does not exist: see `clusterctl storage list`")]
     UnknownPool(Name),
