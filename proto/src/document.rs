@@ -127,19 +127,33 @@ pub fn parse<T: Document>(text: &str) -> Result<T, DocumentError> {
         return Err(DocumentError(faults.map(fault).collect()));
     }
     let document: T = toml::from_str(text).map_err(|error| from_toml(text, &error))?;
-    let mut faults = Faults::default();
-    document.check(&mut faults);
-    document.check_whole(&mut faults);
-    if faults.found.is_empty() {
+    let broken = broken(&document);
+    if broken.is_empty() {
         return Ok(document);
     }
-    let mut faults: Vec<Fault> = faults
-        .found
+    let mut faults: Vec<Fault> = broken
         .iter()
         .map(|(path, reason)| Fault::new(find(text, root.get_ref(), path), reason))
         .collect();
     faults.sort_by_key(|fault| fault.at);
     Err(DocumentError(faults))
+}
+
+/// Checks the rules of a document that did not come as text.
+///
+/// # Errors
+/// [`DocumentError`] without places.
+pub fn check<T: Document>(document: &T) -> Result<(), DocumentError> {
+    let broken = broken(document);
+    let faults: Vec<Fault> = broken.iter().map(|(_, reason)| Fault::new(None, reason)).collect();
+    if faults.is_empty() { Ok(()) } else { Err(DocumentError(faults)) }
+}
+
+fn broken<T: Document>(document: &T) -> Vec<(Vec<String>, String)> {
+    let mut faults = Faults::default();
+    document.check(&mut faults);
+    document.check_whole(&mut faults);
+    faults.found
 }
 
 /// Where a value stands in a document that is TOML, or the nearest thing around it that is there.
@@ -287,7 +301,7 @@ mod tests {
                     DocumentKind::Storage,
                     "pools.a = { kind = \"local-dir\", path = \"/x\" }\npools.b = { kind = \"local-dir\", path = \"/x/\" }\n",
                 ),
-                "line 2, column 41: pool `a` has the same folder",
+                "line 2, column 40: pool `a` has the same folder",
             ),
             (
                 faults(

@@ -188,6 +188,20 @@ impl v1::tasks_server::Tasks for Agent {
 
 #[tonic::async_trait]
 impl v1::storage_server::Storage for Agent {
+    async fn delete_pool(
+        &self,
+        _: Request<v1::DeletePoolRequest>,
+    ) -> Result<Response<v1::DeletePoolResponse>, Status> {
+        Ok(Response::new(v1::DeletePoolResponse {}))
+    }
+
+    async fn delete_network(
+        &self,
+        _: Request<v1::DeleteNetworkRequest>,
+    ) -> Result<Response<v1::DeleteNetworkResponse>, Status> {
+        Ok(Response::new(v1::DeleteNetworkResponse {}))
+    }
+
     async fn list_pools(&self, _: Request<v1::ListPoolsRequest>) -> Answer<v1::ListPoolsResponse> {
         Ok(Response::new(v1::ListPoolsResponse::default()))
     }

@@ -137,6 +137,14 @@ impl Config for Api {
         }))
     }
 
+    async fn commit(
+        &self,
+        request: Request<v1::CommitRequest>,
+    ) -> Result<Response<v1::CommitResponse>, Status> {
+        Caller::of(&request)?;
+        Err(Status::unimplemented("this agent does not take documents yet"))
+    }
+
     async fn history(
         &self,
         request: Request<v1::HistoryRequest>,

@@ -120,6 +120,7 @@ async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
     let records = node.store.nodes(consistency).await?;
     let fenced = node.store.fenced(consistency).await?;
     let placements = node.store.placements(consistency).await?;
+    let documents = node.store.node_documents(consistency).await?;
     let view = |(id, record): (&NodeId, &crate::store::Versioned<NodeRecord>)| {
         let fenced = fenced.get(id).map(|fenced| fenced.revision);
         (*id, NodeView { record: record.value.clone(), fenced })
@@ -134,6 +135,8 @@ async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
         let owned = || placements.iter().filter(|(_, p)| p.value.owner == id);
         let look = node.leader.look(id);
         let told = look.report.unwrap_or_default();
+        let said = documents.iter().find(|(name, _)| name.as_str() == member.name);
+        let said = said.map(|(_, document)| document.clone()).unwrap_or_default();
         proto::v1::Node {
             node_id: id.0,
             name: member.name,
@@ -152,6 +155,8 @@ async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
             leader: leader == Some(id),
             version: record.as_ref().map(|record| record.version.clone()).unwrap_or_default(),
             draining: record.is_some_and(|record| record.maintenance),
+            labels: said.labels.into_iter().map(|(key, value)| (key.to_string(), value)).collect(),
+            notes: said.notes,
         }
     });
     Ok(nodes.collect())

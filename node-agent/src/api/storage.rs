@@ -6,7 +6,8 @@ use futures::StreamExt as _;
 use proto::record::{NetworkRecord, PoolKind, PoolRecord};
 use proto::v1::storage_server::Storage;
 use proto::v1::{
-    CreateNetworkRequest, CreatePoolRequest, DeleteImageRequest, DeleteImageResponse, Image,
+    CreateNetworkRequest, CreatePoolRequest, DeleteImageRequest, DeleteImageResponse,
+    DeleteNetworkRequest, DeleteNetworkResponse, DeletePoolRequest, DeletePoolResponse, Image,
     ImportImageRequest, ListImagesRequest, ListImagesResponse, ListNetworksRequest,
     ListNetworksResponse, ListPoolsRequest, ListPoolsResponse, Network,
 };
@@ -136,6 +137,22 @@ impl Storage for Api {
         }
         tracing::info!(pool = %record.name, path = %record.path, user = %caller.user, "pool created");
         Ok(Response::new(wanted))
+    }
+
+    async fn delete_pool(
+        &self,
+        request: Request<DeletePoolRequest>,
+    ) -> Result<Response<DeletePoolResponse>, Status> {
+        Caller::of(&request)?;
+        Err(Status::unimplemented("this agent does not delete pools yet"))
+    }
+
+    async fn delete_network(
+        &self,
+        request: Request<DeleteNetworkRequest>,
+    ) -> Result<Response<DeleteNetworkResponse>, Status> {
+        Caller::of(&request)?;
+        Err(Status::unimplemented("this agent does not delete networks yet"))
     }
 
     async fn list_images(

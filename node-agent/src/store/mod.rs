@@ -4,6 +4,7 @@
 //! Never: caches (the [`Board`] is a view kept by a watch, and says so), decides.
 
 mod board;
+mod documents;
 mod error;
 mod records;
 

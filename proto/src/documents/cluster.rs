@@ -6,6 +6,7 @@ use crate::{ByteSize, TimeSpan};
 
 table! {
     /// Settings of the whole cluster. They take effect at once.
+    #[derive(Default)]
     pub struct ClusterDocument {
         /// How much of the documents' history is kept.
         #[serde(default)]
@@ -66,12 +67,6 @@ impl Default for HistorySettings {
 impl Default for MigrationSettings {
     fn default() -> Self {
         Self { downtime: default_downtime(), bandwidth: None }
-    }
-}
-
-impl Default for ClusterDocument {
-    fn default() -> Self {
-        Self { history: HistorySettings::default(), migration: MigrationSettings::default() }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::schema::table;
 
 table! {
     /// The networks that NICs of VMs are plugged into.
+    #[derive(Default)]
     pub struct NetworksDocument {
         /// Each network, as in `[networks.lan]`.
         #[serde(default)]
@@ -26,12 +27,6 @@ table! {
             where "an interface name: 1 to 15 letters, digits, -, _ and ." => |name| {
                 name.is_empty() || is_interface(name)
             };
-    }
-}
-
-impl Default for NetworksDocument {
-    fn default() -> Self {
-        Self { networks: BTreeMap::new() }
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{ByteSize, Name};
 table! {
     /// What people say about a node; the file's name is the node's. What the node says of itself,
     /// and its maintenance, is in `clusterctl node show`.
+    #[derive(Default)]
     pub struct NodeDocument {
         /// Words to tell nodes apart, as in `zone = "east"`; shown by `node show`.
         #[serde(default)]

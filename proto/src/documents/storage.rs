@@ -11,6 +11,7 @@ use crate::schema::{Described, Shape, table};
 
 table! {
     /// The storage pools, which hold kernels, firmware and disks.
+    #[derive(Default)]
     pub struct StorageDocument {
         /// Each pool, as in `[pools.fast]`.
         #[serde(default)]
@@ -51,12 +52,6 @@ impl PoolKind {
 
 impl Described for PoolKind {
     const SHAPE: Shape = Shape::Words(&["local-dir", "shared-dir"]);
-}
-
-impl Default for StorageDocument {
-    fn default() -> Self {
-        Self { pools: BTreeMap::new() }
-    }
 }
 
 impl Document for StorageDocument {

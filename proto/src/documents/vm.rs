@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::document::{Document, DocumentError, Faults, parse};
+use crate::document::{Document, DocumentError, Faults, check, parse};
 use crate::schema::{Described, Shape, table};
 use crate::{ByteSize, Name};
 
@@ -89,16 +89,11 @@ table! {
     }
 
     /// High availability of one VM.
+    #[derive(Default)]
     pub struct HaSpec {
         /// Start it elsewhere when its node dies. All its files must then be in shared pools.
         #[serde(default)]
         enabled: bool, default "false";
-    }
-}
-
-impl Default for HaSpec {
-    fn default() -> Self {
-        Self { enabled: false }
     }
 }
 
@@ -231,6 +226,15 @@ impl VmSpec {
     /// Everything that is wrong, with line and column.
     pub fn parse(document: &str) -> Result<ValidatedVmSpec, DocumentError> {
         parse(document).map(ValidatedVmSpec)
+    }
+
+    /// Checks everything that can be checked without knowing the cluster.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn validate(self) -> Result<ValidatedVmSpec, DocumentError> {
+        check(&self)?;
+        Ok(ValidatedVmSpec(self))
     }
 }
 

@@ -129,6 +129,7 @@ impl<K: Ord + ToString, T: Described> Described for BTreeMap<K, T> {
 macro_rules! table {
     ($(
         $(#[doc = $doc:literal])+
+        $(#[derive($($derive:ident),+)])?
         pub struct $name:ident {
             $(
                 $(#[doc = $field_doc:literal])+
@@ -141,6 +142,7 @@ macro_rules! table {
         $(
             $(#[doc = $doc])+
             #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+            $(#[derive($($derive),+)])?
             #[serde(deny_unknown_fields)]
             pub struct $name {
                 $(
