@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use vmm_core::migrate::tls::{Fingerprint, Identity, TlsAcceptor, TlsConnector};
 use vmm_core::migrate::{
-    Migrated, MigrationVm, Ready, SourceError, TargetError, TargetOptions, migrate, receive,
+    Migrated, MigrationVm, Ready, SourceError, SourceOptions, TargetError, TargetOptions, migrate,
+    receive,
 };
 
 use super::fake::{FakeIncoming, FakeVm, contents, fill, memory};
@@ -40,17 +41,21 @@ type Both = (Result<Migrated, SourceError>, Result<Ready<FakeIncoming>, TargetEr
 
 fn run(ends: Ends, vm: &FakeVm, source_expects: Fingerprint, target_expects: Fingerprint) -> Both {
     let Ends { source, target, listener, address, connect_limit } = ends;
-    let limit = Duration::from_secs(5);
+    // No test here is about speed, and a busy machine is no reason to fail.
+    let stall_limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(30);
     let mut connector = TlsConnector::new(address, &source, source_expects, limit).unwrap();
     let mut acceptor = TlsAcceptor::new(listener, &target, target_expects).unwrap();
-    let to = TargetOptions { connect_limit, ..target_options() };
+    let from =
+        SourceOptions { stall_limit, forced_downtime_limit: stall_limit, ..source_options() };
+    let to = TargetOptions { connect_limit, stall_limit, ..target_options() };
     thread::scope(|scope| {
         let receiver = scope.spawn(move || {
             let mut ready = receive(FakeIncoming::new(memory(PAGES)), &mut acceptor, &to)?;
             ready.announce_running();
             Ok(ready)
         });
-        let migrated = migrate(vm, &mut connector, &source_options(), &mut Hooks::committing());
+        let migrated = migrate(vm, &mut connector, &from, &mut Hooks::committing());
         (migrated, receiver.join().unwrap())
     })
 }
