@@ -41,6 +41,10 @@ impl Cluster {
         Self { node }
     }
 
+    pub(crate) fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
     /// This node's id.
     #[must_use]
     pub fn node_id(&self) -> NodeId {

@@ -31,6 +31,7 @@ mod service;
 mod status;
 mod storage;
 pub mod tls;
+pub mod tree;
 mod types;
 
 pub use cluster::Cluster;

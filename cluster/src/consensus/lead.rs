@@ -59,6 +59,21 @@ fn quorum_silence(metrics: &Metrics) -> Option<Duration> {
     Some(metrics.last_quorum_acked?.elapsed())
 }
 
+/// Whether this state is one without contact: no leader is known, or it leads and a quorum has been
+/// silent for longer than a limit.
+pub(crate) fn out_of_touch(metrics: &Metrics, limit: Duration) -> bool {
+    if !leads(metrics) {
+        return metrics.current_leader.is_none();
+    }
+    let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
+    !alone && quorum_silence(metrics).is_none_or(|silence| silence > limit)
+}
+
+/// Whether this node counts for the quorum.
+pub(crate) fn is_voter(metrics: &Metrics) -> bool {
+    metrics.membership_config.membership().voter_ids().any(|voter| voter == metrics.id)
+}
+
 /// Proposes a command and waits for it to be applied.
 pub(crate) async fn propose(
     raft: &Raft,

@@ -123,6 +123,17 @@ impl Node {
         ask(channel, asked, left, &self.removed).await
     }
 
+    /// Whether the leader, another node, cannot be reached. One that is only slow can.
+    pub(crate) async fn leader_unreachable(&self, limit: Duration) -> bool {
+        let leader = self.metrics().current_leader.filter(|id| *id != self.id().0);
+        let Some(leader) = leader else { return false };
+        let asked = self.ask_member(leader, &Forward::Hello, limit * 10);
+        match tokio::time::timeout(limit, asked).await {
+            Ok(answer) => !matches!(answer, Forwarded::Done),
+            Err(_) => false,
+        }
+    }
+
     /// Asks some other member whether this node is still one.
     pub(super) async fn say_hello(&self, turn: usize) {
         let me = self.id();

@@ -86,6 +86,16 @@ impl Node {
         current_metrics(&self.raft)
     }
 
+    /// Whether this node counts for the quorum.
+    pub(crate) fn is_voter(&self) -> bool {
+        crate::consensus::lead::is_voter(&self.metrics())
+    }
+
+    /// Whether this node has no leader, or as one no quorum, for all it knows without asking.
+    pub(crate) fn out_of_touch(&self, limit: Duration) -> bool {
+        crate::consensus::lead::out_of_touch(&self.metrics(), limit)
+    }
+
     /// Refuses work on a member that is at its end.
     pub(crate) fn alive(&self) -> Result<(), StoreError> {
         if self.stopping.load(std::sync::atomic::Ordering::SeqCst) {

@@ -1,0 +1,123 @@
+//! Committing: one way to the writer, with the limits that a program's `close` needs.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::state::{Caller, Tree};
+use crate::{FileChange, FileRefused};
+
+/// How long a commit may take while there is a quorum. The kernel lets nobody list a folder while
+/// something in it is being made, moved or removed: this bounds that, too.
+const LIMIT: Duration = Duration::from_secs(8);
+/// How long this node may lag behind its own commit.
+const LAG: Duration = Duration::from_secs(3);
+
+/// Why a commit failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The writer's answer.
+    Refused(FileRefused),
+    /// Its absence.
+    Errno(Errno),
+}
+
+impl Tree {
+    /// Commits changes, and waits until the names in memory have them. The answer is the revision.
+    pub(super) async fn commit(
+        &self,
+        changes: Vec<FileChange>,
+        caller: Caller,
+    ) -> Result<u64, Failure> {
+        if self.quorum.is_lost() {
+            return Err(Failure::Errno(Errno::EROFS));
+        }
+        let author = self.author(caller);
+        let commit = tokio::time::timeout(LIMIT, self.writer.commit(changes, &author));
+        let answer = tokio::select! {
+            answer = commit => answer.map_err(|_| Failure::Errno(Errno::EIO))?,
+            // Given up: whether it is written all the same is seen when there is a quorum again.
+            () = self.quorum.lost_for(&self.source) => return Err(Failure::Errno(Errno::EROFS)),
+        };
+        match answer {
+            Ok(revision) => {
+                self.wait_applied(revision.0).await;
+                Ok(revision.0)
+            }
+            Err(refused) => {
+                if let FileRefused::NoQuorum(_) = refused {
+                    self.quorum.lose();
+                }
+                Err(Failure::Refused(refused))
+            }
+        }
+    }
+
+    /// Waits until the names in memory have a revision. A node that lags shows it a little later.
+    async fn wait_applied(&self, revision: u64) {
+        let mut applied = self.applied.subscribe();
+        let waited = tokio::time::timeout(LAG, applied.wait_for(|now| *now >= revision));
+        if waited.await.is_err() {
+            tracing::debug!(revision, "the mounted tree lags behind its own commit");
+        }
+    }
+
+    /// What a program is told of a failure; a refused document gets its note.
+    pub(super) fn errno(&self, failure: Failure) -> Errno {
+        let refused = match failure {
+            Failure::Errno(errno) => return errno,
+            Failure::Refused(refused) => refused,
+        };
+        tracing::info!(%refused, "a change in the mounted tree was refused");
+        match &refused {
+            FileRefused::Invalid { path, .. } => {
+                let reason = refused.to_string();
+                self.change(|names| ((), names.note(path, &reason)));
+                Errno::EINVAL
+            }
+            FileRefused::Conflict { .. } => Errno::EAGAIN,
+            FileRefused::Denied(_) => Errno::EACCES,
+            FileRefused::TooLarge(_) => Errno::EFBIG,
+            FileRefused::NoQuorum(_) => Errno::EROFS,
+            FileRefused::Unknown(_) => Errno::EIO,
+            FileRefused::Busy(_) if self.source.node().db().disk_low() => Errno::ENOSPC,
+            FileRefused::Busy(_) => Errno::EBUSY,
+        }
+    }
+
+    /// Whether a change may begin at all.
+    pub(super) fn may_write(&self, caller: Caller, path: &str) -> Result<(), Errno> {
+        caller.require_root()?;
+        if super::names::is_private(path) {
+            return Err(Errno::EACCES);
+        }
+        if super::names::is_status(path) {
+            return Err(Errno::EPERM);
+        }
+        if self.quorum.is_lost() { Err(Errno::EROFS) } else { Ok(()) }
+    }
+
+    fn author(&self, caller: Caller) -> String {
+        let node = self.cluster.node_name();
+        match user_name(caller.uid) {
+            Some(name) => format!("uid {} ({name}) on {node}", caller.uid),
+            None => format!("uid {} on {node}", caller.uid),
+        }
+    }
+}
+
+/// A user's name by `/etc/passwd` alone: a directory service could hang.
+fn user_name(uid: u32) -> Option<String> {
+    static KNOWN: Mutex<BTreeMap<u32, Option<String>>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let looked_up = || {
+        let text = std::fs::read_to_string("/etc/passwd").ok()?;
+        let line = text.lines().find(|line| line.split(':').nth(2) == Some(&uid.to_string()))?;
+        let name: String = line.split(':').next()?.chars().take(32).collect();
+        let plain = |letter: char| letter.is_ascii_graphic();
+        (!name.is_empty() && name.chars().all(plain)).then_some(name)
+    };
+    known.entry(uid).or_insert_with(looked_up).clone()
+}
