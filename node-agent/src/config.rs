@@ -45,6 +45,8 @@ pub struct Config {
     pub reserve_memory_mib: u64,
     /// The program that VM processes run; absent: this one.
     pub vm_program: Option<PathBuf>,
+    /// The mounted tree.
+    pub tree: Tree,
     /// Timings.
     pub timing: Timing,
     /// What is logged.
@@ -75,6 +77,28 @@ impl TryFrom<String> for Watchdog {
                 Err(format!("`{other}` is not a watchdog: write auto, none or a device's path"))
             }
         }
+    }
+}
+
+/// The replicated configuration as files.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tree {
+    /// Where it is mounted: an absolute path, or `off`.
+    pub mount: PathBuf,
+}
+
+impl Default for Tree {
+    fn default() -> Self {
+        Self { mount: "/etc/holdfast/cluster".into() }
+    }
+}
+
+impl Tree {
+    /// The mount point; `None` where there is to be none.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        (self.mount != Path::new("off")).then_some(&*self.mount)
     }
 }
 
@@ -151,6 +175,7 @@ impl Default for Config {
             uid_base: 900_000,
             reserve_memory_mib: 128,
             vm_program: None,
+            tree: Tree::default(),
             timing: Timing::default(),
             log: Log::default(),
         }
@@ -317,6 +342,12 @@ impl Config {
                 return refuse(format!("{key} = \"{value}\" is refused: write host:port"));
             }
         }
+        if let Some(path) = self.tree.path().filter(|path| !path.is_absolute()) {
+            return refuse(format!(
+                "tree.mount = \"{}\" is refused: give an absolute path, or \"off\"",
+                path.display()
+            ));
+        }
         if self.uid_base < 1000 {
             return refuse(format!("uid_base = {} is refused: give 1000 or more", self.uid_base));
         }
@@ -457,6 +488,7 @@ mod tests {
             ("node_name = \"Node_1\"", "not a valid name"),
             ("advertise = \"host\"", "host:port"),
             ("uid_base = 0", "uid_base"),
+            ("[tree]\nmount = \"here\"", "an absolute path, or \"off\""),
         ] {
             std::fs::write(&path, text).unwrap();
             let flags = Flags { config: Some(path.clone()), ..Flags::default() };

@@ -42,6 +42,7 @@ pub mod store;
 pub mod supervisor;
 pub mod task;
 pub mod telemetry;
+pub mod tree;
 pub mod vm_process;
 pub mod vms;
 pub mod watchdog;

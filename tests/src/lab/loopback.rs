@@ -36,7 +36,7 @@ pub fn start(
         "node_name = \"node{number}\"\nlisten = \"{api}\"\nenrol_listen = \"{enrol}\"\n\
          advertise = \"{api}\"\nenrol_advertise = \"{enrol}\"\nmigration_address = \"127.0.0.1\"\n\
          data_dir = {}\nrun_dir = {}\nsocket = {}\nwatchdog = \"none\"\n\
-         allow_ha_without_watchdog = true\nuid_base = {uid_base}\n",
+         allow_ha_without_watchdog = true\nuid_base = {uid_base}\n[tree]\nmount = \"off\"\n",
         path("data"),
         path("run"),
         path("run/agent.sock"),
