@@ -91,7 +91,7 @@ pub(crate) enum Noun {
     /// Networks that VMs plug into
     #[command(subcommand)]
     Network(network::Command),
-    /// The replicated configuration, read only
+    /// The replicated configuration as files: read, edit, apply, history
     #[command(subcommand)]
     Config(config::Command),
     /// High availability

@@ -30,7 +30,7 @@ pub(crate) const DEFAULT_SOCKET: &str = "/run/holdfast/agent.sock";
 /// For one address: TCP and TLS.
 const CONNECT_LIMIT: Duration = Duration::from_secs(4);
 /// For one answer. Agents refuse sooner when there is no quorum.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// A connection to the cluster, and how the user wants to see things.
 #[derive(Debug, Clone)]
@@ -86,6 +86,19 @@ impl Session {
             Target::Context(name) => connect_context(known.get(&name)?, &folder?, &name).await?,
         };
         Ok(Self { channel, global: global.clone() })
+    }
+
+    /// Reads something that may go on for ever no longer than `--timeout` says.
+    pub(crate) async fn within(
+        &self,
+        what: &str,
+        reading: impl Future<Output = Result<(), Failure>>,
+    ) -> Result<(), Failure> {
+        let Some(limit) = self.global.timeout else { return reading.await };
+        tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| {
+            Err(Failure::new(Exit::Timeout, format!("stopped: {what}"))
+                .why("the time limit passed; whatever goes on there goes on"))
+        })
     }
 
     /// Waits for an answer, with a limit, and says `cannot WHAT` if it is a refusal.

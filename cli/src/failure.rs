@@ -41,11 +41,13 @@ pub(crate) struct Failure {
     pub(crate) what: String,
     pub(crate) why: Option<String>,
     pub(crate) remedy: Option<String>,
+    /// The API's word, where that is what failed.
+    pub(crate) code: Option<Code>,
 }
 
 impl Failure {
     pub(crate) fn new(exit: Exit, what: impl Into<String>) -> Self {
-        Self { exit, what: what.into(), why: None, remedy: None }
+        Self { exit, what: what.into(), why: None, remedy: None, code: None }
     }
 
     pub(crate) fn why(mut self, why: impl Into<String>) -> Self {
@@ -74,7 +76,8 @@ impl Failure {
         }
         // A status with a cause was made here, of a broken connection; the API's have none.
         let code = if status.source().is_some() { Code::Unavailable } else { status.code() };
-        let failure = Self::new(exit_of(code), format!("cannot {what}")).why(explain(status));
+        let mut failure = Self::new(exit_of(code), format!("cannot {what}")).why(explain(status));
+        failure.code = Some(code);
         match remedy_of(code) {
             Some(remedy) => failure.remedy(remedy),
             None => failure,

@@ -1,15 +1,19 @@
 //! clusterctl: the command line of a Holdfast cluster.
 //!
 //! `clusterctl NOUN VERB` is found in `commands/NOUN.rs`. [`connect`] finds a node to talk to,
-//! [`wait`] follows tasks, [`output`] prints, [`failure`] says what went wrong and with which exit
-//! code. Nothing is decided here: every rule lives in the agents.
+//! [`wait`] follows tasks, [`files`] reads and commits people's files, [`output`] prints,
+//! [`failure`] says what went wrong and with which exit code. Nothing is decided here: every rule lives in the agents.
 
 mod args;
 mod commands;
 mod connect;
 mod contexts;
+mod diffs;
 mod failure;
+mod files;
 mod output;
+mod paths;
+mod refusal;
 mod terminal;
 mod wait;
 

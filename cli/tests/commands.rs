@@ -19,6 +19,7 @@ fn a_list_as_table_json_and_yaml() {
         "{table:?}"
     );
     assert!(lines[1].contains("512 MiB"));
+    assert_eq!(mock.run(&["vm", "ls"]).stdout, table.stdout);
     let json = mock.run(&["-o", "json", "vm", "list"]);
     let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
     assert_eq!(json["vms"][1]["name"], "database");
@@ -202,7 +203,7 @@ fn the_log_of_a_task_is_read_no_longer_than_asked() {
     let mock = Mock::start();
     let ran = mock.run(&["task", "log", "1-4", "--timeout", "300ms"]);
     assert_eq!((ran.exit, ran.stdout.as_str()), (Some(6), "first\n"), "{ran:?}");
-    assert!(ran.stderr.contains("the task goes on"), "{ran:?}");
+    assert!(ran.stderr.contains("the time limit passed"), "{ran:?}");
     let ran = mock.run(&["task", "log", "1-1", "--timeout", "60s"]);
     assert_eq!((ran.exit, ran.stdout.as_str()), (Some(0), "first\n"), "{ran:?}");
 }
@@ -228,6 +229,18 @@ fn a_pools_folder_is_made_only_where_asked() {
     assert_eq!(create(&["--kind", "shared-dir", "--create"]).exit, Some(0));
     let ran = create(&["--kind", "local-dir", "--create"]);
     assert!(ran.stderr.contains("each node makes /missing"), "{ran:?}");
+}
+
+#[test]
+fn pools_and_networks_are_deleted_unless_they_are_used() {
+    let mock = Mock::start();
+    for noun in ["storage", "network"] {
+        let ran = mock.run(&[noun, "delete", "old"]);
+        assert_eq!(ran.exit, Some(0), "{ran:?}");
+        let ran = mock.run(&[noun, "delete", "used"]);
+        assert_eq!(ran.exit, Some(4), "{ran:?}");
+        assert!(ran.stderr.contains("is used by VM `web`"), "{ran:?}");
+    }
 }
 
 #[test]

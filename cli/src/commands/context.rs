@@ -63,7 +63,7 @@ pub(crate) enum Command {
         use_it: bool,
     },
     /// All contexts
-    #[command(after_help = "Examples:\n  clusterctl context list")]
+    #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl context list")]
     List,
     /// Use a context from now on; without a name, the local agent
     #[command(after_help = "Examples:\n  clusterctl context use lab\n  clusterctl context use")]

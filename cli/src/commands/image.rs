@@ -34,14 +34,20 @@ pub(crate) enum Command {
         kind: Option<Kind>,
     },
     /// A pool's images
-    #[command(after_help = "Examples:\n  clusterctl image list --pool shared")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Examples:\n  clusterctl image list --pool shared"
+    )]
     List {
         /// Of this pool only
         #[arg(long, default_value = "", hide_default_value = true)]
         pool: String,
     },
     /// Delete an image that no VM uses
-    #[command(after_help = "Examples:\n  clusterctl image delete shared/old-vmlinuz")]
+    #[command(
+        visible_alias = "rm",
+        after_help = "Examples:\n  clusterctl image delete shared/old-vmlinuz"
+    )]
     Delete {
         /// pool/name
         #[arg(value_parser = parse_image)]

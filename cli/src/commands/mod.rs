@@ -29,6 +29,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Noun::Image(command) => image::run(&Session::open(&global).await?, command).await,
         Noun::Storage(command) => storage::run(&Session::open(&global).await?, command).await,
         Noun::Network(command) => network::run(&Session::open(&global).await?, command).await,
+        // The schema is known here: no cluster is asked.
+        Noun::Config(config::Command::Explain { key, recursive }) => {
+            config::explain(global.output, &key, recursive)
+        }
         Noun::Config(command) => config::run(&Session::open(&global).await?, command).await,
         Noun::Ha(command) => ha::run(&Session::open(&global).await?, command).await,
         Noun::Task(command) => task::run(&Session::open(&global).await?, command).await,

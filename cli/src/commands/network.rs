@@ -11,7 +11,7 @@ use crate::output;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// All networks
-    #[command(after_help = "Examples:\n  clusterctl network list")]
+    #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl network list")]
     List,
     /// Make a network: a bridge on every node
     #[command(
@@ -26,6 +26,12 @@ pub(crate) enum Command {
         /// An interface to put into a bridge that was made
         #[arg(long, default_value = "", hide_default_value = true)]
         uplink: String,
+    },
+    /// Forget a network that no VM uses; bridges that are there stay
+    #[command(visible_alias = "rm", after_help = "Examples:\n  clusterctl network delete lan")]
+    Delete {
+        /// The network
+        name: String,
     },
 }
 
@@ -44,6 +50,12 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let request = v1::CreateNetworkRequest { network };
             let network = session.call(&what, client.create_network(request)).await?;
             output::print(format, &network, |network| table(std::slice::from_ref(network)))
+        }
+        Command::Delete { name } => {
+            let what = format!("delete network {name}");
+            let deleted = client.delete_network(v1::DeleteNetworkRequest { name });
+            let deleted = session.call(&what, deleted).await?;
+            output::print(format, &deleted, |_| format!("done: {what}"))
         }
     }
 }

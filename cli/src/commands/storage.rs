@@ -11,7 +11,7 @@ use crate::output;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// All pools
-    #[command(after_help = "Examples:\n  clusterctl storage list")]
+    #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl storage list")]
     List,
     /// Make a pool of a folder
     #[command(
@@ -29,6 +29,12 @@ pub(crate) enum Command {
         /// Make the folder if it is missing on the node that is asked
         #[arg(long)]
         create: bool,
+    },
+    /// Forget a pool that no VM uses; its images stay where they are
+    #[command(visible_alias = "rm", after_help = "Examples:\n  clusterctl storage delete old")]
+    Delete {
+        /// The pool
+        name: String,
     },
 }
 
@@ -63,6 +69,12 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let request = v1::CreatePoolRequest { pool: Some(pool), create_folder: create };
             let pool = session.call(&what, client.create_pool(request)).await?;
             output::print(format, &pool, |pool| table(std::slice::from_ref(pool)))
+        }
+        Command::Delete { name } => {
+            let what = format!("delete storage pool {name}");
+            let deleted = client.delete_pool(v1::DeletePoolRequest { name });
+            let deleted = session.call(&what, deleted).await?;
+            output::print(format, &deleted, |_| format!("done: {what}"))
         }
     }
 }

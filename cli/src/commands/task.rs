@@ -7,14 +7,14 @@ use proto::v1::tasks_client::TasksClient;
 use tonic::transport::Channel;
 
 use crate::connect::Session;
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 use crate::output::{self, or_dash};
 use crate::wait::{OnInterrupt, cancel, ended_line};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// What runs and what ran, newest first
-    #[command(after_help = "Examples:\n  clusterctl task list --limit 10")]
+    #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl task list --limit 10")]
     List {
         /// At most so many
         #[arg(long, default_value_t = 50)]
@@ -62,14 +62,8 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             output::print(format, &task, task_table)
         }
         Command::Log { id } => {
-            let log = log(session, &mut client, id.clone());
-            match session.global.timeout {
-                None => log.await,
-                Some(limit) => match tokio::time::timeout(limit, log).await {
-                    Ok(outcome) => outcome,
-                    Err(_) => Err(still_runs(&id)),
-                },
-            }
+            let what = format!("read the log of task {id}");
+            session.within(&what, log(session, &mut client, &what, id)).await
         }
         Command::Wait { id } => {
             let what = format!("wait for task {id}");
@@ -88,11 +82,11 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
 async fn log(
     session: &Session,
     client: &mut TasksClient<Channel>,
+    what: &str,
     task_id: String,
 ) -> Result<(), Failure> {
-    let what = format!("read the log of task {task_id}");
     let follow = client.follow(v1::GetTaskRequest { task_id });
-    let mut updates = session.call(&what, follow).await?;
+    let mut updates = session.call(what, follow).await?;
     loop {
         match updates.message().await {
             Ok(Some(v1::TaskUpdate { update: Some(Update::Log(text)) })) => {
@@ -104,15 +98,9 @@ async fn log(
             }
             Ok(Some(_)) => {}
             Ok(None) => return Ok(()),
-            Err(status) => return Err(Failure::status(&what, &status)),
+            Err(status) => return Err(Failure::status(what, &status)),
         }
     }
-}
-
-fn still_runs(id: &str) -> Failure {
-    Failure::new(Exit::Timeout, format!("stopped reading the log of task {id}"))
-        .why("the time limit passed; the task goes on")
-        .remedy(format!("read on with `clusterctl task log {id}`"))
 }
 
 fn took(task: &v1::Task) -> String {

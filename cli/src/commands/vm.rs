@@ -9,7 +9,7 @@ use proto::v1::vms_client::VmsClient;
 use serde::{Deserialize, Serialize};
 use tonic::transport::Channel;
 
-use crate::commands::console;
+use crate::commands::{config, console};
 use crate::connect::Session;
 use crate::failure::{Exit, Failure};
 use crate::output::{self, or_dash, yes};
@@ -39,7 +39,10 @@ pub(crate) enum Command {
         dry_run: bool,
     },
     /// All VMs
-    #[command(after_help = "Examples:\n  clusterctl vm list\n  clusterctl vm list -o json")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Examples:\n  clusterctl vm list\n  clusterctl vm list -o json"
+    )]
     List,
     /// One VM: where it is, why, and its document
     #[command(after_help = "Examples:\n  clusterctl vm show web")]
@@ -126,8 +129,24 @@ pub(crate) enum Command {
         #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
         tail: u32,
     },
+    /// Change its document in $VISUAL or $EDITOR
+    #[command(after_help = "Examples:\n  clusterctl vm edit web")]
+    Edit {
+        /// The VM
+        vm: String,
+    },
+    /// Set keys of its document, keeping its comments and order
+    #[command(
+        after_help = "Examples:\n  clusterctl vm set web memory=2GiB cpus=4\n  clusterctl vm set web 'disks[0].readonly=true' --dry-run"
+    )]
+    Set {
+        /// The VM
+        vm: String,
+        #[command(flatten)]
+        keys: config::Assignments,
+    },
     /// Delete a stopped VM; its disk images stay
-    #[command(after_help = "Examples:\n  clusterctl vm delete web")]
+    #[command(visible_alias = "rm", after_help = "Examples:\n  clusterctl vm delete web")]
     Delete {
         /// The VM
         vm: String,
@@ -178,7 +197,7 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
         Command::Log { vm, follow, tail } => {
             let what = format!("read the log of vm {vm}");
             let request = v1::VmLogRequest { vm, follow, tail_bytes: tail };
-            console::log(session, &mut client, &what, request).await
+            session.within(&what, console::log(session, &mut client, &what, request)).await
         }
         Command::Start { vm } => {
             let (what, request) = (format!("start vm {vm}"), v1::VmRequest { vm });
@@ -205,11 +224,21 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let task = session.call(&what, client.resume(request)).await?;
             session.finish(&what, &task.task_id).await
         }
+        Command::Edit { vm } => config::edit(session, &document_path(&vm)?).await,
+        Command::Set { vm, keys } => config::set(session, &document_path(&vm)?, &keys).await,
         Command::Delete { vm } => {
             let (what, request) = (format!("delete vm {vm}"), v1::VmRequest { vm });
             let task = session.call(&what, client.delete(request)).await?;
             session.finish(&what, &task.task_id).await
         }
+    }
+}
+
+fn document_path(vm: &str) -> Result<String, Failure> {
+    match vm.parse() {
+        Ok(name) => Ok(proto::keys::vm_document(&name)),
+        Err(error) => Err(Failure::new(Exit::Usage, format!("cannot be a VM: {vm}"))
+            .why(proto::InvalidName::to_string(&error))),
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod config;
+
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::Output;
@@ -26,6 +28,7 @@ pub(crate) struct Seen {
     pub(crate) imported: std::sync::Mutex<Vec<u8>>,
     /// What the last import said of itself.
     pub(crate) header: std::sync::Mutex<v1::Image>,
+    pub(crate) config: config::Store,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -188,20 +191,6 @@ impl v1::tasks_server::Tasks for Agent {
 
 #[tonic::async_trait]
 impl v1::storage_server::Storage for Agent {
-    async fn delete_pool(
-        &self,
-        _: Request<v1::DeletePoolRequest>,
-    ) -> Result<Response<v1::DeletePoolResponse>, Status> {
-        Ok(Response::new(v1::DeletePoolResponse {}))
-    }
-
-    async fn delete_network(
-        &self,
-        _: Request<v1::DeleteNetworkRequest>,
-    ) -> Result<Response<v1::DeleteNetworkResponse>, Status> {
-        Ok(Response::new(v1::DeleteNetworkResponse {}))
-    }
-
     async fn list_pools(&self, _: Request<v1::ListPoolsRequest>) -> Answer<v1::ListPoolsResponse> {
         Ok(Response::new(v1::ListPoolsResponse::default()))
     }
@@ -247,6 +236,24 @@ impl v1::storage_server::Storage for Agent {
         _: Request<v1::DeleteImageRequest>,
     ) -> Answer<v1::DeleteImageResponse> {
         Ok(Response::new(v1::DeleteImageResponse {}))
+    }
+    async fn delete_pool(
+        &self,
+        request: Request<v1::DeletePoolRequest>,
+    ) -> Answer<v1::DeletePoolResponse> {
+        match request.into_inner().name.as_str() {
+            "used" => Err(Status::failed_precondition("pool `used` is used by VM `web`")),
+            _ => Ok(Response::new(v1::DeletePoolResponse {})),
+        }
+    }
+    async fn delete_network(
+        &self,
+        request: Request<v1::DeleteNetworkRequest>,
+    ) -> Answer<v1::DeleteNetworkResponse> {
+        match request.into_inner().name.as_str() {
+            "used" => Err(Status::failed_precondition("network `used` is used by VM `web`")),
+            _ => Ok(Response::new(v1::DeleteNetworkResponse {})),
+        }
     }
     async fn list_networks(
         &self,
@@ -312,6 +319,7 @@ impl Mock {
         let server = tonic::transport::Server::builder()
             .add_service(v1::vms_server::VmsServer::new(agent.clone()))
             .add_service(v1::membership_server::MembershipServer::new(agent.clone()))
+            .add_service(v1::config_server::ConfigServer::new(agent.clone()))
             .add_service(v1::tasks_server::TasksServer::new(agent.clone()))
             .add_service(v1::storage_server::StorageServer::new(agent.clone()));
         runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
