@@ -105,6 +105,11 @@ impl Txn {
         self.author = author.into();
         self
     }
+    /// Whether it compares or writes a key.
+    #[must_use]
+    pub fn names(&self, key: &str) -> bool {
+        self.keys().any(|named| named == key)
+    }
     /// Every key it names.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         let written = self.writes.iter().map(|write| match write {

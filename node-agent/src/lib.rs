@@ -26,6 +26,7 @@ pub mod agent;
 pub mod api;
 pub mod clock;
 pub mod config;
+pub mod documents;
 pub mod drain;
 pub mod events;
 pub mod ha;

@@ -83,7 +83,7 @@ async fn bad_vm_documents_change_nothing() {
     let rig = ready(dir.path()).await;
     let cases = [
         ("cpus = 2", "cpuss = 2", Code::InvalidArgument, "cpuss"),
-        ("cpus = 2", "cpus = 0", Code::InvalidArgument, "cpus = 0"),
+        ("cpus = 2", "cpus = 0", Code::InvalidArgument, "`cpus` is refused"),
         ("64MiB", "8192GiB", Code::InvalidArgument, "more than any node has"),
         ("shared/vmlinuz", "shared/none", Code::NotFound, "shared/none"),
         ("shared/vmlinuz", "other/vmlinuz", Code::NotFound, "pool `other`"),

@@ -29,10 +29,6 @@ pub const REMOVALS: &str = "status/removals/";
 pub const HA_LEADER: &str = "status/ha/leader";
 /// All disk claims.
 pub const DISKS: &str = "status/disks/";
-/// Storage pools.
-pub const POOLS: &str = "status/pools/";
-/// Networks.
-pub const NETWORKS: &str = "status/networks/";
 /// All that is for root alone: CA key, join tokens.
 pub const PRIV: &str = "priv/";
 
@@ -76,14 +72,4 @@ pub fn node_document(node: &Name) -> String {
 #[must_use]
 pub fn access_document(client: &Name) -> String {
     format!("{ACCESS}{client}.toml")
-}
-/// A storage pool.
-#[must_use]
-pub fn pool(pool: &Name) -> String {
-    format!("{POOLS}{pool}")
-}
-/// A network.
-#[must_use]
-pub fn network(network: &Name) -> String {
-    format!("{NETWORKS}{network}")
 }

@@ -74,7 +74,7 @@ fn nonsense_is_refused_and_changes_nothing() -> anyhow::Result<()> {
     let other = Guest::new("other", 101);
     let good = other.document();
     refused_document(&lab, &good.replace("cpus =", "cpuss ="), &["cpuss", "line 2"])?;
-    refused_document(&lab, &good.replace("cpus = 1", "cpus = 0"), &["cpus = 0"])?;
+    refused_document(&lab, &good.replace("cpus = 1", "cpus = 0"), &["`cpus` is refused"])?;
     refused_document(&lab, &good.replace("\"256MiB\"", "\"64GiB\""), &["memory"])?;
     refused_document(&lab, &good.replace("shared/vmlinuz", "shared/missing"), &["missing"])?;
     refused_document(&lab, &good.replace("shared/other.raw", "shared/web.raw"), &["web"])?;

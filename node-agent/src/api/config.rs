@@ -1,22 +1,21 @@
 //! `Config`: the key-value store itself, for people and tools. Records and documents that have a
 //! service of their own are read here, and written there.
 
-use cluster::{Consistency, KeyValue, ReadAtError, Txn, TxnOutcome, WatchError, WatchEvent};
+use cluster::{
+    Consistency, FileChange, KeyValue, ReadAtError, Txn, TxnOutcome, WatchError, WatchEvent,
+};
 use futures::StreamExt as _;
+use proto::documents::DocumentPath;
+use proto::v1::config_client::ConfigClient;
 use proto::v1::config_server::Config;
 use proto::v1::{self, watch_event, write_op};
 use proto::{Revision, keys};
 use tonic::{Request, Response, Status};
 
-use super::forward::Caller;
+use super::forward::{Caller, leader_channel};
 use super::{Answers, Api};
+use crate::documents::{self, Refusal, Wanted};
 use crate::store::store_status;
-
-/// What is written through other services, with what to use instead.
-const GUARDED: [(&str, &str); 2] = [
-    ("status/", "the system writes it, nobody else"),
-    (keys::VMS, "use `clusterctl vm create`, `vm set` and `vm delete`"),
-];
 
 fn consistency(wanted: i32) -> Consistency {
     match v1::Consistency::try_from(wanted) {
@@ -35,14 +34,14 @@ fn check_read(key: &str) -> Result<(), Status> {
 
 fn check_write(key: &str) -> Result<(), Status> {
     check_read(key)?;
-    for (prefix, instead) in GUARDED {
-        if key.starts_with(prefix) {
-            return Err(Status::permission_denied(format!(
-                "`{key}` cannot be set here: {instead}"
-            )));
-        }
-    }
-    Ok(())
+    let instead = if key.starts_with("status/") {
+        "the system writes it, nobody else"
+    } else if DocumentPath::of(key).is_some() {
+        "a document is checked when it is written: use `clusterctl config put` or `config edit`"
+    } else {
+        return Ok(());
+    };
+    Err(Status::permission_denied(format!("`{key}` cannot be set here: {instead}")))
 }
 
 fn visible(kv: &KeyValue) -> bool {
@@ -137,14 +136,6 @@ impl Config for Api {
         }))
     }
 
-    async fn commit(
-        &self,
-        request: Request<v1::CommitRequest>,
-    ) -> Result<Response<v1::CommitResponse>, Status> {
-        Caller::of(&request)?;
-        Err(Status::unimplemented("this agent does not take documents yet"))
-    }
-
     async fn history(
         &self,
         request: Request<v1::HistoryRequest>,
@@ -162,6 +153,30 @@ impl Config for Api {
             more: history.next_before.is_some(),
             next_before_revision: history.next_before.map_or(0, |revision| revision.0),
         }))
+    }
+
+    async fn commit(
+        &self,
+        request: Request<v1::CommitRequest>,
+    ) -> Result<Response<v1::CommitResponse>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let message = request.into_inner();
+        let dry_run = message.dry_run;
+        let changes: Vec<FileChange> = message.changes.iter().cloned().map(file_change).collect();
+        if documents::need_leader(&changes)
+            && let Some(channel) = leader_channel(&node).await?
+        {
+            return ConfigClient::new(channel).commit(caller.request(message)?).await;
+        }
+        let wanted = Wanted { dry_run, ..Wanted::default() };
+        let response = match documents::commit(&node, &caller, &changes, &wanted).await? {
+            Ok(done) => v1::CommitResponse { revision: done.revision.0, refusals: Vec::new() },
+            Err(refusals) => {
+                let refusals = refusals.iter().map(Refusal::message).collect();
+                v1::CommitResponse { revision: 0, refusals }
+            }
+        };
+        Ok(Response::new(response))
     }
 
     type WatchStream = Answers<v1::WatchResponse>;
@@ -182,6 +197,14 @@ impl Config for Api {
             Ok(v1::WatchResponse { revision, events: events.collect() })
         });
         Ok(Response::new(responses.boxed()))
+    }
+}
+
+fn file_change(change: v1::FileChange) -> FileChange {
+    FileChange {
+        path: change.path,
+        expected: change.expected_revision.map(Revision),
+        content: change.content,
     }
 }
 
@@ -224,7 +247,7 @@ mod tests {
 
     #[test]
     fn status_private_and_vm_keys_are_not_written_here() {
-        for key in ["status/vms/web", "priv/ca.key", "vms/web.toml"] {
+        for key in ["status/vms/web", "priv/ca.key", "vms/web.toml", "storage.toml"] {
             let code = txn(put(key)).unwrap_err().code();
             assert_eq!(code, tonic::Code::PermissionDenied, "{key}");
         }

@@ -51,6 +51,12 @@ impl Caller {
         })
     }
 
+    /// Somebody on this very node, such as a user of the mounted tree.
+    #[must_use]
+    pub fn local(user: &str) -> Self {
+        Self { user: user.to_owned(), hops: 0 }
+    }
+
     /// Whether another node passed this on.
     #[must_use]
     pub fn is_forwarded(&self) -> bool {

@@ -1,7 +1,7 @@
 //! `Storage`: pools and networks in the configuration, images in the pools of the node that is
 //! asked (for a shared pool, of all).
 
-use cluster::{Consistency, Txn};
+use cluster::Consistency;
 use futures::StreamExt as _;
 use proto::record::{NetworkRecord, PoolKind, PoolRecord};
 use proto::v1::storage_server::Storage;
@@ -11,14 +11,14 @@ use proto::v1::{
     ImportImageRequest, ListImagesRequest, ListImagesResponse, ListNetworksRequest,
     ListNetworksResponse, ListPoolsRequest, ListPoolsResponse, Network,
 };
-use proto::{keys, parse_image};
+use proto::{Name, keys, parse_image};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::forward::Caller;
 use super::{Api, parse_name};
+use crate::documents::{Entry, Wanted};
 use crate::node::Node;
 use crate::storage::{ImageInfo, ImageKind, Import, Pool, Pools, StorageError};
-use crate::store::json;
 
 impl From<StorageError> for Status {
     fn from(error: StorageError) -> Self {
@@ -118,41 +118,11 @@ impl Storage for Api {
         };
         let record =
             PoolRecord { name: parse_name(&wanted.name)?, kind, path: wanted.path.clone() };
-        let key = keys::pool(&record.name);
-        if node.store.record::<PoolRecord>(&key, Consistency::Linearizable).await?.is_some() {
-            return Err(pool_exists(&wanted.name));
-        }
-        let on_disk = record.clone();
-        blocking(move || {
-            if !create_folder {
-                Pool::check_folder(&on_disk)?;
-            }
-            Pool::initialise(&on_disk)
-        })
-        .await?;
-        let txn = Txn::new().if_absent(key.clone()).put(key, json(&record));
-        let outcome = node.cluster().txn(txn).await.map_err(|e| crate::store::store_status(&e))?;
-        if !outcome.committed() {
-            return Err(pool_exists(&wanted.name));
-        }
+        let wanted_folder = Wanted { make_folders: create_folder, ..Wanted::default() };
+        let fields = [("kind", kind_word(record.kind)), ("path", record.path.as_str())];
+        pool_entry(&record.name).add(&node, &caller, &fields, &wanted_folder).await?;
         tracing::info!(pool = %record.name, path = %record.path, user = %caller.user, "pool created");
         Ok(Response::new(wanted))
-    }
-
-    async fn delete_pool(
-        &self,
-        request: Request<DeletePoolRequest>,
-    ) -> Result<Response<DeletePoolResponse>, Status> {
-        Caller::of(&request)?;
-        Err(Status::unimplemented("this agent does not delete pools yet"))
-    }
-
-    async fn delete_network(
-        &self,
-        request: Request<DeleteNetworkRequest>,
-    ) -> Result<Response<DeleteNetworkResponse>, Status> {
-        Caller::of(&request)?;
-        Err(Status::unimplemented("this agent does not delete networks yet"))
     }
 
     async fn list_images(
@@ -261,38 +231,37 @@ impl Storage for Api {
         let wanted = request.into_inner().network;
         let wanted = wanted.ok_or_else(|| Status::invalid_argument("no network is given"))?;
         let name = parse_name(&wanted.name)?;
-        for (what, interface) in [("bridge", &wanted.bridge), ("uplink", &wanted.uplink)] {
-            let optional = what == "uplink" && interface.is_empty();
-            if !optional && !is_interface_name(interface) {
-                return Err(Status::invalid_argument(format!(
-                    "{what} `{}` is not an interface name: 1 to 15 letters, digits, -, _ and .",
-                    interface.escape_debug()
-                )));
-            }
-        }
-        let record = NetworkRecord {
-            name: name.clone(),
-            bridge: wanted.bridge.clone(),
-            uplink: wanted.uplink.clone(),
-        };
-        let key = keys::network(&name);
-        let txn = Txn::new().if_absent(key.clone()).put(key, json(&record));
-        let outcome = node.cluster().txn(txn).await.map_err(|e| crate::store::store_status(&e))?;
-        if !outcome.committed() {
-            return Err(Status::already_exists(format!(
-                "network `{name}` already exists: see `clusterctl network list`"
-            )));
-        }
-        tracing::info!(network = %name, bridge = %record.bridge, user = %caller.user, "network created");
+        let fields = [("bridge", wanted.bridge.as_str()), ("uplink", wanted.uplink.as_str())];
+        network_entry(&name).add(&node, &caller, &fields, &Wanted::default()).await?;
+        tracing::info!(network = %name, bridge = %wanted.bridge, user = %caller.user, "network created");
         Ok(Response::new(wanted))
+    }
+
+    async fn delete_pool(
+        &self,
+        request: Request<DeletePoolRequest>,
+    ) -> Result<Response<DeletePoolResponse>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let name = parse_name(&request.into_inner().name)?;
+        pool_entry(&name).remove(&node, &caller).await?;
+        Ok(Response::new(DeletePoolResponse {}))
+    }
+
+    async fn delete_network(
+        &self,
+        request: Request<DeleteNetworkRequest>,
+    ) -> Result<Response<DeleteNetworkResponse>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let name = parse_name(&request.into_inner().name)?;
+        network_entry(&name).remove(&node, &caller).await?;
+        Ok(Response::new(DeleteNetworkResponse {}))
     }
 }
 
-fn pool_exists(name: &str) -> Status {
-    Status::already_exists(format!("pool `{name}` already exists: see `clusterctl storage list`"))
+fn pool_entry(name: &Name) -> Entry<'_> {
+    Entry { document: keys::STORAGE_DOCUMENT, section: "pools", noun: "pool", name }
 }
 
-fn is_interface_name(text: &str) -> bool {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    (1..=15).contains(&text.len()) && text.chars().all(plain) && text != "." && text != ".."
+fn network_entry(name: &Name) -> Entry<'_> {
+    Entry { document: keys::NETWORKS_DOCUMENT, section: "networks", noun: "network", name }
 }

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster::Consistency;
 use ha_manager::{ClusterState, NodeView, VmView};
+use proto::document::parse;
+use proto::documents::NodeDocument;
 use proto::record::{NodeRecord, Placement, PoolKind, PoolRecord};
 use proto::{Name, NodeId, Revision, VmSpec, keys, parse_image};
 
@@ -51,7 +53,7 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
     let mut leaving: BTreeSet<NodeId> = BTreeSet::new();
     let mut records: Vec<NodeRecord> = Vec::new();
     let mut placements: Vec<(Name, Placement, Revision)> = Vec::new();
-    let mut pools = Vec::new();
+    let pools = node.store.pools(consistency).await?;
     for kv in &status.kvs {
         let malformed = |error: serde_json::Error| RecordError::Malformed {
             key: kv.key.clone(),
@@ -69,8 +71,6 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
         } else if let Some(id) = kv.key.strip_prefix(keys::REMOVALS) {
             let Ok(id) = id.parse() else { continue };
             leaving.insert(NodeId(id));
-        } else if kv.key.starts_with(keys::POOLS) {
-            pools.push(serde_json::from_slice(&kv.value).map_err(malformed)?);
         }
     }
     let documents: BTreeMap<Name, String> = documents
@@ -81,6 +81,7 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
             Some((name, String::from_utf8_lossy(&kv.value).into_owned()))
         })
         .collect();
+    let documents_of_nodes = node.store.node_documents(consistency).await?;
     let members: Vec<NodeId> = node.cluster().members().iter().map(|m| m.node_id).collect();
     let nodes = records
         .into_iter()
@@ -89,6 +90,9 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
             let id = record.node_id;
             // A node that is being removed takes no VMs: no transaction would give it one.
             record.maintenance |= leaving.contains(&id);
+            let said = documents_of_nodes.get(&record.name);
+            let reserved = said.and_then(|said| said.reserved_memory).unwrap_or_default();
+            record.memory_bytes = record.memory_bytes.saturating_sub(reserved.0);
             (id, NodeView { record, fenced: fenced.get(&id).copied() })
         })
         .collect();

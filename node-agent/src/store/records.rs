@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use cluster::{Cluster, Consistency, KeyValue, StoreError, Txn, TxnOutcome};
+use proto::document::parse;
+use proto::documents::{ClusterDocument, NetworksDocument, StorageDocument};
 use proto::record::{DiskClaim, FencedRecord, NetworkRecord, NodeRecord, Placement, PoolRecord};
-use proto::{Name, NodeId, Revision, keys};
+use proto::{DocumentError, Name, NodeId, Revision, keys};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -44,6 +46,10 @@ pub(super) fn decode<T: DeserializeOwned>(kv: &KeyValue) -> Result<Versioned<T>,
     let value = serde_json::from_slice(&kv.value)
         .map_err(|error| RecordError::Malformed { key: kv.key.clone(), why: error.to_string() })?;
     Ok(Versioned { value, revision: kv.mod_revision })
+}
+
+fn malformed(path: &str, error: &DocumentError) -> RecordError {
+    RecordError::Malformed { key: path.to_owned(), why: error.to_string() }
 }
 
 impl Store {
@@ -110,11 +116,44 @@ impl Store {
         vm: &Name,
         consistency: Consistency,
     ) -> Result<Option<Versioned<String>>, RecordError> {
-        let (kv, _) = self.cluster.get(&keys::vm_document(vm), consistency).await?;
+        self.text(&keys::vm_document(vm), consistency).await
+    }
+
+    /// A document's text.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn text(
+        &self,
+        path: &str,
+        consistency: Consistency,
+    ) -> Result<Option<Versioned<String>>, RecordError> {
+        let (kv, _) = self.cluster.get(path, consistency).await?;
         Ok(kv.map(|kv| Versioned {
             value: String::from_utf8_lossy(&kv.value).into_owned(),
             revision: kv.mod_revision,
         }))
+    }
+
+    /// The cluster's settings; the defaults where there is no document.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn settings(&self, consistency: Consistency) -> Result<ClusterDocument, RecordError> {
+        let document = self.text(keys::CLUSTER_DOCUMENT, consistency).await?;
+        let parsed = parse::<ClusterDocument>(document.as_ref().map_or("", |text| &text.value));
+        parsed.map_err(|error| malformed(keys::CLUSTER_DOCUMENT, &error))
+    }
+
+    /// Who may write which image, by `pool/name`.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub async fn claims(
+        &self,
+        consistency: Consistency,
+    ) -> Result<BTreeMap<String, Versioned<DiskClaim>>, RecordError> {
+        Ok(self.records(keys::DISKS, consistency).await?.into_iter().collect())
     }
 
     /// All node records by id.
@@ -147,8 +186,11 @@ impl Store {
     /// # Errors
     /// [`RecordError`].
     pub async fn pools(&self, consistency: Consistency) -> Result<Vec<PoolRecord>, RecordError> {
-        let all = self.records(keys::POOLS, consistency).await?;
-        Ok(all.into_iter().map(|(_, record)| record.value).collect())
+        let document = self.text(keys::STORAGE_DOCUMENT, consistency).await?;
+        let parsed = parse::<StorageDocument>(document.as_ref().map_or("", |text| &text.value));
+        parsed
+            .map(|document| document.records())
+            .map_err(|error| malformed(keys::STORAGE_DOCUMENT, &error))
     }
 
     /// All networks.
@@ -159,16 +201,11 @@ impl Store {
         &self,
         consistency: Consistency,
     ) -> Result<Vec<NetworkRecord>, RecordError> {
-        let all = self.records(keys::NETWORKS, consistency).await?;
-        Ok(all.into_iter().map(|(_, record)| record.value).collect())
-    }
-
-    /// Who may write an image.
-    ///
-    /// # Errors
-    /// [`RecordError`].
-    pub async fn claim(&self, image: &str) -> Result<Option<Versioned<DiskClaim>>, RecordError> {
-        self.record(&keys::disk_claim(image), Consistency::Linearizable).await
+        let document = self.text(keys::NETWORKS_DOCUMENT, consistency).await?;
+        let parsed = parse::<NetworksDocument>(document.as_ref().map_or("", |text| &text.value));
+        parsed
+            .map(|document| document.records())
+            .map_err(|error| malformed(keys::NETWORKS_DOCUMENT, &error))
     }
 
     /// Changes a placement: reads it, lets `change` make the new one or refuse, and puts it if

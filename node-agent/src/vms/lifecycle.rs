@@ -3,18 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::{Consistency, Txn, TxnOutcome};
-use proto::record::{DiskClaim, Phase, Placement, Requested};
-use proto::{Name, VmSpec, keys};
+use cluster::FileChange;
+use proto::record::{Phase, Placement, Requested};
+use proto::{Name, keys};
 use tonic::Status;
 
 use super::shutdowns::Overrule;
 use super::{no_task, unknown_vm};
 use crate::api::forward::Caller;
+use crate::documents::{self, Refusal, Wanted};
 use crate::events::stamped;
 use crate::jobs::Job;
 use crate::node::Node;
-use crate::store::store_status;
 use crate::supervisor::{Stop, VmError};
 use crate::task::{TaskContext, TaskFailure};
 
@@ -325,10 +325,10 @@ pub async fn resume(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<Stri
 pub async fn delete(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<String, Status> {
     let present = placement(node, vm).await?;
     deletable(vm, &present).map_err(Status::failed_precondition)?;
-    let (node_, vm_) = (node.clone(), vm.clone());
+    let (node_, vm_, caller_) = (node.clone(), vm.clone(), caller.clone());
     node.tasks
         .spawn("vm.delete", vm.as_str(), &caller.user, move |task| async move {
-            remove(&node_, &vm_).await?;
+            remove(&node_, &caller_, &vm_).await?;
             task.log(format!(
                 "{vm_} is deleted; its disk images are kept, see `clusterctl image list`"
             ));
@@ -346,31 +346,10 @@ fn deletable(vm: &Name, placement: &Placement) -> Result<(), String> {
     }
 }
 
-async fn remove(node: &Node, vm: &Name) -> Result<(), Status> {
-    for _ in 0..4 {
-        let present = node.store.placement(vm).await?.ok_or_else(|| unknown_vm(vm))?;
-        deletable(vm, &present.value).map_err(Status::failed_precondition)?;
-        let (document_key, placement_key) = (keys::vm_document(vm), keys::placement(vm));
-        let mut txn = Txn::new()
-            .if_revision(placement_key.clone(), present.revision)
-            .delete(placement_key)
-            .delete(document_key.clone());
-        if let Some(document) = node.store.document(vm, Consistency::Linearizable).await? {
-            txn = txn.if_revision(document_key, document.revision);
-            let spec = VmSpec::parse(&document.value).ok();
-            for disk in spec.iter().flat_map(|spec| spec.disks.iter()) {
-                let key = keys::disk_claim(&disk.image);
-                let claim = node.store.record::<DiskClaim>(&key, Consistency::Linearizable).await?;
-                if let Some(claim) = claim.filter(|claim| claim.value.vm_id == present.value.vm_id)
-                {
-                    txn = txn.if_revision(key.clone(), claim.revision).delete(key);
-                }
-            }
-        }
-        match node.cluster().txn(txn).await.map_err(|error| store_status(&error))? {
-            TxnOutcome::Committed { .. } => return Ok(()),
-            TxnOutcome::Conflict { .. } => {}
-        }
+async fn remove(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<(), Status> {
+    let change = [FileChange::remove(keys::vm_document(vm))];
+    match documents::commit(node, caller, &change, &Wanted::default()).await? {
+        Ok(_) => Ok(()),
+        Err(refusals) => Err(refusals.first().map_or_else(|| unknown_vm(vm), Refusal::status)),
     }
-    Err(Status::aborted(format!("VM `{vm}` is being changed by others; try again")))
 }

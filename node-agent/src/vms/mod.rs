@@ -19,6 +19,7 @@ use cluster::Consistency;
 use proto::{Name, VmSpec, keys};
 
 pub use create::create;
+pub(crate) use create::{check_images, choose};
 pub use images::{ImageShared, ImageUse, check_sharing, image_uses};
 pub use lifecycle::{delete, pause, reset, resume, shutdown, stop};
 pub use migrate::migrate;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::Name;
 use crate::document::{Document, Faults};
+use crate::record::NetworkRecord;
 use crate::schema::table;
 
 table! {
@@ -27,6 +28,19 @@ table! {
             where "an interface name: 1 to 15 letters, digits, -, _ and ." => |name| {
                 name.is_empty() || is_interface(name)
             };
+    }
+}
+
+impl NetworksDocument {
+    /// The networks in the form that the rest of the system reads.
+    #[must_use]
+    pub fn records(&self) -> Vec<NetworkRecord> {
+        let record = |(name, network): (&Name, &NetworkSpec)| NetworkRecord {
+            name: name.clone(),
+            bridge: network.bridge.clone(),
+            uplink: network.uplink.clone(),
+        };
+        self.networks.iter().map(record).collect()
     }
 }
 

@@ -26,6 +26,15 @@ pub enum DocumentPath {
 }
 
 impl DocumentPath {
+    /// The document at a path, if a document is what belongs there.
+    #[must_use]
+    pub fn of(path: &str) -> Option<Self> {
+        match classify(path) {
+            Ok(PathKind::Document(document)) => Some(document),
+            Ok(PathKind::Plain | PathKind::Folder) | Err(_) => None,
+        }
+    }
+
     /// Its type.
     #[must_use]
     pub fn kind(&self) -> DocumentKind {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Name;
 use crate::document::{Document, Faults};
+use crate::record::PoolRecord;
 use crate::schema::{Described, Shape, table};
 
 table! {
@@ -52,6 +53,19 @@ impl PoolKind {
 
 impl Described for PoolKind {
     const SHAPE: Shape = Shape::Words(&["local-dir", "shared-dir"]);
+}
+
+impl StorageDocument {
+    /// The pools in the form that the rest of the system reads.
+    #[must_use]
+    pub fn records(&self) -> Vec<PoolRecord> {
+        let record = |(name, pool): (&Name, &PoolSpec)| PoolRecord {
+            name: name.clone(),
+            kind: pool.kind,
+            path: pool.path.clone(),
+        };
+        self.pools.iter().map(record).collect()
+    }
 }
 
 impl Document for StorageDocument {
