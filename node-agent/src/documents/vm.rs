@@ -36,13 +36,15 @@ pub(super) fn write(
         return Ok(());
     }
     references(after, path, &spec)?;
+    match placement {
+        None => create(plan, present, path, spec.clone(), choose)?,
+        Some(placement) => {
+            edit(plan, present, path, (before.as_ref(), spec.clone()), placement)?;
+        }
+    }
     let others = after.specs();
     check_sharing(&spec, others.values().map(|other| other.get()))
-        .map_err(|error| refuse(Code::FailedPrecondition, error.to_string()))?;
-    match placement {
-        None => create(plan, present, path, spec, choose),
-        Some(placement) => edit(plan, present, path, (before.as_ref(), spec), placement),
-    }
+        .map_err(|error| refuse(Code::FailedPrecondition, error.to_string()))
 }
 
 fn create(
