@@ -4,8 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster::Consistency;
 use ha_manager::{ClusterState, NodeView, VmView};
-use proto::document::parse;
-use proto::documents::NodeDocument;
 use proto::record::{NodeRecord, Placement, PoolKind, PoolRecord};
 use proto::{Name, NodeId, Revision, VmSpec, keys, parse_image};
 
