@@ -5,7 +5,7 @@ use cluster::{
     Consistency, FileChange, KeyValue, ReadAtError, Txn, TxnOutcome, WatchError, WatchEvent,
 };
 use futures::StreamExt as _;
-use proto::documents::DocumentPath;
+use proto::documents::{PathKind, PathRefused, classify};
 use proto::v1::config_client::ConfigClient;
 use proto::v1::config_server::Config;
 use proto::v1::{self, watch_event, write_op};
@@ -32,16 +32,21 @@ fn check_read(key: &str) -> Result<(), Status> {
     Ok(())
 }
 
+/// Plain files alone are written here: a document is checked against its schema and the others.
 fn check_write(key: &str) -> Result<(), Status> {
-    check_read(key)?;
-    let instead = if key.starts_with("status/") {
-        "the system writes it, nobody else"
-    } else if DocumentPath::of(key).is_some() {
-        "a document is checked when it is written: use `clusterctl config put` or `config edit`"
-    } else {
-        return Ok(());
-    };
-    Err(Status::permission_denied(format!("`{key}` cannot be set here: {instead}")))
+    match classify(key) {
+        Ok(PathKind::Plain | PathKind::Folder) => Ok(()),
+        Ok(PathKind::Document(document)) => Err(Status::permission_denied(format!(
+            "`{document}` cannot be set here: it is a document, which is checked before it is \
+             written; use `clusterctl config put` or `config edit`"
+        ))),
+        Err(refused @ PathRefused::Denied(_)) => {
+            Err(Status::permission_denied(refused.to_string()))
+        }
+        Err(refused @ PathRefused::Invalid(_)) => {
+            Err(Status::invalid_argument(refused.to_string()))
+        }
+    }
 }
 
 fn visible(kv: &KeyValue) -> bool {
@@ -166,7 +171,8 @@ impl Config for Api {
         if documents::need_leader(&changes)
             && let Some(channel) = leader_channel(&node).await?
         {
-            return ConfigClient::new(channel).commit(caller.request(message)?).await;
+            let answer = ConfigClient::new(channel).commit(caller.request(message)?).await;
+            return answer.map_err(documents::lost_answer);
         }
         let wanted = Wanted { dry_run, ..Wanted::default() };
         let response = match documents::commit(&node, &caller, &changes, &wanted).await? {
@@ -246,10 +252,24 @@ mod tests {
     }
 
     #[test]
-    fn status_private_and_vm_keys_are_not_written_here() {
-        for key in ["status/vms/web", "priv/ca.key", "vms/web.toml", "storage.toml"] {
+    fn status_private_and_document_keys_are_not_written_here() {
+        for key in [
+            "status/vms/web",
+            "priv/ca.key",
+            "vms/web.toml",
+            "nodes/n1.toml",
+            "storage.toml",
+            "networks.toml",
+            "cluster.toml",
+            "access/ann.toml",
+            "ha/web.toml",
+        ] {
             let code = txn(put(key)).unwrap_err().code();
             assert_eq!(code, tonic::Code::PermissionDenied, "{key}");
+        }
+        for key in ["", "/a", "a//b", "a/../b", "a\nb", "vms/We b.toml"] {
+            let code = txn(put(key)).unwrap_err().code();
+            assert_eq!(code, tonic::Code::InvalidArgument, "{key:?}");
         }
         assert!(txn(put("notes/a")).is_ok());
         let compare = v1::Compare { key: "priv/ca.key".into(), mod_revision: 1 };

@@ -12,7 +12,7 @@ use proto::{NodeId, Revision, VmId, keys, v1};
 use tonic::{Code, Status};
 
 use super::plan::{NewVm, Plan, Present, plan};
-use super::refusal::{status_refused, store_refused};
+use super::refusal::{lost_answer, status_refused, store_refused};
 use super::{Refusal, paths};
 use crate::api::forward::{Caller, leader_channel};
 use crate::events::stamped;
@@ -259,7 +259,7 @@ pub(super) async fn route(
     let request = v1::CommitRequest { changes, dry_run: false };
     let request = caller.request(request).map_err(|status| status_refused(&status))?;
     let answer = ConfigClient::new(channel).commit(request).await;
-    let answer = answer.map_err(|status| status_refused(&status))?.into_inner();
+    let answer = answer.map_err(|status| status_refused(&lost_answer(status)))?.into_inner();
     match answer.refusals.is_empty() {
         true => Ok(Revision(answer.revision)),
         false => Err(first(answer.refusals.into_iter().map(of_message))),

@@ -29,7 +29,7 @@ use proto::Revision;
 
 pub use commit::{Done, Wanted, commit, need_leader};
 pub use entry::Entry;
-pub use refusal::Refusal;
+pub use refusal::{Refusal, lost_answer};
 
 use crate::node::Node;
 
