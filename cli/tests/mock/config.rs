@@ -347,6 +347,6 @@ fn commit(state: &mut State, request: v1::CommitRequest) -> Result<v1::CommitRes
             *left -= 1;
             Err(Status::deadline_exceeded("no answer in time; the outcome is unknown"))
         }
-        _ => Ok(v1::CommitResponse { revision, refusals, notes: vec![] }),
+        _ => Ok(v1::CommitResponse { revision, refusals }),
     }
 }

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
 use crate::identity::Identity;
 use crate::storage::Db;
-use crate::{ClusterConfig, Leadership, Member, StoreError};
+use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
 pub(crate) use run::start;
 
@@ -43,6 +43,8 @@ pub(crate) struct Node {
     client: String,
     sequence: AtomicU64,
     stopping: AtomicBool,
+    /// How much history is kept, while this member leads.
+    retention: std::sync::Mutex<Retention>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
@@ -53,6 +55,12 @@ impl std::fmt::Debug for Node {
 }
 
 impl Node {
+    pub(crate) fn retention(&self) -> Retention {
+        *self.retention.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+    pub(crate) fn set_retention(&self, retention: Retention) {
+        *self.retention.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = retention;
+    }
     pub(crate) fn config(&self) -> &ClusterConfig {
         &self.config
     }

@@ -20,7 +20,7 @@ const STEPS: usize = 8;
 pub(super) async fn keep(node: &Node) {
     for _ in 0..STEPS {
         let now_ms = unix_now_ms();
-        let wanted = node.db.view(|view| next_step(view, &node.config.retention, now_ms));
+        let wanted = node.db.view(|view| next_step(view, &node.retention(), now_ms));
         let command = match wanted {
             Ok(Some(command)) => command,
             Ok(None) => return,

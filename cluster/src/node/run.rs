@@ -52,6 +52,7 @@ pub(crate) async fn start(
         sequence: AtomicU64::new(0),
         stopping: AtomicBool::new(false),
         tasks: Mutex::new(Vec::new()),
+        retention: Mutex::new(config.retention),
         config,
         identity,
         db,

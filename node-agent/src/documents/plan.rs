@@ -217,7 +217,12 @@ fn follow(
         (DocumentPath::Vm(name), _) => vm::remove(plan, present, path, &name),
         (DocumentPath::Storage, _) => shared::storage(plan, present, after),
         (DocumentPath::Networks, _) => shared::networks(present, after),
-        (DocumentPath::Access(_), _) => shared::access(plan, present, after, path),
+        (DocumentPath::Access(_), None) => Ok(()),
+        (DocumentPath::Access(_), Some(_)) => Err(Refusal::new(
+            path,
+            Code::PermissionDenied,
+            "roles are not supported yet: nothing would enforce them",
+        )),
         (DocumentPath::Node(_) | DocumentPath::Cluster, _) => Ok(()),
     };
     followed.map_err(|refusal| vec![refusal])

@@ -1,15 +1,14 @@
-//! Documents that others rest on: storage, networks, access.
+//! Documents that others rest on: storage and networks.
 
 use std::collections::BTreeMap;
 
 use proto::document::parse;
-use proto::documents::DocumentPath;
 use proto::documents::{AccessDocument, Role};
 use proto::{Name, ValidatedVmSpec, keys, parse_image};
 use tonic::Code;
 
 use super::Refusal;
-use super::plan::{Plan, Present, extend};
+use super::plan::{Plan, Present};
 use crate::vms::image_uses;
 
 fn refuse(path: &str, reason: String) -> Result<(), Refusal> {
@@ -63,43 +62,4 @@ pub(super) fn networks(present: &Present, after: &Present) -> Result<(), Refusal
         }
     }
     Ok(())
-}
-
-/// Who holds which role.
-fn roles(present: &Present) -> BTreeMap<String, Role> {
-    let of = |(path, file): (&String, &crate::store::Versioned<Vec<u8>>)| {
-        let Some(DocumentPath::Access(_)) = DocumentPath::of(path) else { return None };
-        let text = std::str::from_utf8(&file.value).ok()?;
-        Some((path.clone(), parse::<AccessDocument>(text).ok()?.role))
-    };
-    present.files.iter().filter_map(of).collect()
-}
-
-/// Somebody stays an administrator as long as roles are given at all.
-pub(super) fn access(
-    plan: &mut Plan,
-    present: &Present,
-    after: &Present,
-    path: &str,
-) -> Result<(), Refusal> {
-    let roles = roles(after);
-    let admin = roles.iter().find(|(_, role)| **role == Role::Admin).map(|(admin, _)| admin);
-    match admin {
-        None if !roles.is_empty() => refuse(
-            path,
-            "no certificate would be an administrator's any more: give somebody role = \"admin\" \
-             first"
-                .to_owned(),
-        ),
-        // Whoever is counted on is still there when this is committed.
-        Some(admin) if admin != path => {
-            let revision = present.revision(admin);
-            extend(plan, |txn| match txn.names(admin) {
-                true => txn,
-                false => txn.if_revision(admin.as_str(), revision),
-            });
-            Ok(())
-        }
-        _ => Ok(()),
-    }
 }

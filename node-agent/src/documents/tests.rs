@@ -178,7 +178,12 @@ fn documents_that_do_not_fit_the_others_are_refused() {
         ("ha/rules.toml", String::new(), Code::PermissionDenied, "not supported"),
         ("cluster.toml", "[migrtion]\n".to_owned(), Code::InvalidArgument, "did you mean"),
         ("nodes/n1.toml", "notes = 1\n".to_owned(), Code::InvalidArgument, "invalid type"),
-        ("access/eve.toml", "role = \"viewer\"\n".to_owned(), Code::FailedPrecondition, "admin"),
+        (
+            "access/eve.toml",
+            "role = \"viewer\"\n".to_owned(),
+            Code::PermissionDenied,
+            "not supported",
+        ),
     ];
     for (path, text, code, words) in cases {
         let refused = refusal(&present, FileChange::write(path, text.clone()));
@@ -209,29 +214,6 @@ fn several_documents_are_judged_together() {
     assert!(refused[0].fault.reason.contains("shared/web.raw"), "{refused:?}");
     let twice = [FileChange::write("a", "1"), FileChange::write("a", "2")];
     assert_eq!(judge(&empty(), &twice).unwrap_err()[0].code, Code::InvalidArgument);
-}
-
-#[test]
-fn somebody_stays_an_administrator() {
-    let admin = FileChange::write("access/ann.toml", "role = \"admin\"\n");
-    assert!(judge(&empty(), std::slice::from_ref(&admin)).is_ok());
-    let mut present = empty();
-    for name in ["ann", "bob"] {
-        let file = Versioned { value: b"role = \"admin\"\n".to_vec(), revision: Revision(9) };
-        present.files.insert(format!("access/{name}.toml"), file);
-    }
-    // Who is left is compared: two that leave at once cannot both.
-    let made = judge(&present, &[FileChange::remove("access/ann.toml")]).unwrap();
-    assert!(made.txn.names("access/bob.toml"));
-    let viewer = "role = \"viewer\"\n";
-    let both = [
-        FileChange::write("access/ann.toml", viewer),
-        FileChange::write("access/bob.toml", viewer),
-    ];
-    assert!(judge(&present, &both).is_err());
-    // Giving no roles at all again is fine.
-    let none = [FileChange::remove("access/ann.toml"), FileChange::remove("access/bob.toml")];
-    assert!(judge(&present, &none).is_ok());
 }
 
 #[test]

@@ -147,6 +147,20 @@ async fn run(
     }
 }
 
+/// Downtime and bandwidth that the request wants, or else the cluster's settings.
+async fn limits(node: &Node, request: &MigrateVmRequest) -> (u32, u32) {
+    let settings = node.store.settings(Consistency::Stale).await.unwrap_or_default().migration;
+    let or = |wanted: u32, setting: u64| match wanted {
+        0 => u32::try_from(setting).unwrap_or(u32::MAX),
+        wanted => wanted,
+    };
+    let bandwidth_mib_s = settings.bandwidth.map_or(0, |bandwidth| bandwidth.0 >> 20);
+    (
+        or(request.downtime_limit_ms, settings.downtime.as_ms()),
+        or(request.bandwidth_limit_mib_s, bandwidth_mib_s),
+    )
+}
+
 async fn copy(
     node: &Arc<Node>,
     task: &TaskContext,
@@ -159,11 +173,12 @@ async fn copy(
     let channel = channel(node, target)
         .map_err(|status| MigrationError::Target { name: vm.clone(), status })?;
     let peer = PeerClient::new(channel);
+    let (downtime_limit_ms, bandwidth_limit_mib_s) = limits(node, request).await;
     let options = SourceOptions {
         migration_id: uuid::Uuid::new_v4().to_string(),
         source_node: node.id,
-        downtime_limit_ms: request.downtime_limit_ms,
-        bandwidth_limit_mib_s: request.bandwidth_limit_mib_s,
+        downtime_limit_ms,
+        bandwidth_limit_mib_s,
     };
     let mut committed = migrating.value.clone();
     committed.owner = target;

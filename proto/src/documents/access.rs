@@ -6,7 +6,8 @@ use crate::document::Document;
 use crate::schema::{Described, Shape, table};
 
 table! {
-    /// What the holder of a client certificate may do; the file's name is the certificate's. While
+    /// Not supported yet: writing such a document is refused. What the holder of a client
+    /// certificate may do; the file's name is the certificate's. While
     /// there is no such document at all, every client certificate is an administrator's; with the
     /// first one, certificates without a document may do nothing. There is always one
     /// administrator; root on a node, over the agent's local socket, may do everything.
