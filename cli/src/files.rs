@@ -174,7 +174,6 @@ impl<'a> Files<'a> {
         let request = v1::CommitRequest {
             changes: changes.into_iter().map(v1::FileChange::from).collect(),
             dry_run,
-            ..v1::CommitRequest::default()
         };
         let limit = self.session.global.timeout.unwrap_or(ANSWER_LIMIT);
         let deadline = Instant::now() + limit;
@@ -185,7 +184,6 @@ impl<'a> Files<'a> {
             let answer = attempt.await.unwrap_or_else(|_| Err(no_answer()));
             match answer.map(Response::into_inner) {
                 Ok(answer) if answer.refusals.is_empty() => {
-                    answer.notes.iter().for_each(|note| eprintln!("note: {note}"));
                     return Ok(Committed::Done(answer.revision));
                 }
                 Ok(answer) if in_doubt => return self.settle(what, &request, answer).await,
