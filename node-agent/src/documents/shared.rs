@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use proto::document::parse;
-use proto::documents::{AccessDocument, Role};
 use proto::{Name, ValidatedVmSpec, keys, parse_image};
 use tonic::Code;
 
