@@ -167,16 +167,6 @@ impl Buffer {
         }
     }
 
-    /// Which change is the last.
-    pub(super) fn sequence(&self) -> u64 {
-        self.sequence
-    }
-
-    /// A change is not tried again by itself.
-    pub(super) fn give_up(&mut self, sequence: u64) {
-        self.failed = Some(sequence);
-    }
-
     /// A plan was refused.
     pub(super) fn refused(&mut self, plan: &Plan) {
         self.failed = Some(plan.sequence);

@@ -346,18 +346,12 @@ impl Tree {
                 let file = state.names.file(inode).ok()?;
                 file.buffer.as_ref().map(|buffer| buffer.is_dirty() && !buffer.has_failed())
             };
-            let (last, sequence) = {
+            let last = {
                 let mut state = self.lock();
-                let last = !state.has_writer(inode) && to_save(&mut state) == Some(true);
-                (last, state.sequence(inode))
+                !state.has_writer(inode) && to_save(&mut state) == Some(true)
             };
             if last && let Err(error) = bounded(self.save(inode, caller)).await {
                 tracing::warn!(%error, "a file of the mounted tree was not saved");
-                if let Ok(file) = self.lock().names.file(inode)
-                    && let (Some(buffer), Some(sequence)) = (&mut file.buffer, sequence)
-                {
-                    buffer.give_up(sequence);
-                }
             }
             if !self.lock().has_writer(inode) {
                 self.give_up(inode).await;
@@ -372,9 +366,7 @@ impl Tree {
             let mut state = self.lock();
             let path = state.names.path(inode);
             let Ok(file) = state.names.file(inode) else { return };
-            // What was changed since the failure is somebody's who is about to save it.
-            if !file.buffer.as_ref().is_some_and(|buffer| buffer.is_dirty() && buffer.has_failed())
-            {
+            if !file.is_dirty() {
                 return;
             }
             (path, file.stored)

@@ -152,11 +152,6 @@ impl State {
         self.handles.values().any(writes)
     }
 
-    /// Which change of an open file is its last.
-    pub(super) fn sequence(&mut self, inode: u64) -> Option<u64> {
-        Some(self.names.file(inode).ok()?.buffer.as_ref()?.sequence())
-    }
-
     /// Adds a line to `.log`.
     pub(super) fn log(&mut self, line: LogLine) {
         if self.log.len() == LOG_MAX {
