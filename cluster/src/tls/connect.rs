@@ -16,10 +16,10 @@ use tower::service_fn;
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 
 /// A channel that connects at its first use. `expect` is the name that the server's certificate
-/// must carry; `address` is where it is.
+/// must carry; `address` says where it is, at each connection anew.
 pub(crate) fn channel(
     tls: Arc<ClientConfig>,
-    address: String,
+    address: impl Fn() -> String + Send + Sync + 'static,
     expect: ServerName<'static>,
 ) -> Channel {
     // The URI is never dialled; it fills HTTP/2's :authority.
@@ -30,7 +30,7 @@ pub(crate) fn channel(
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .connect_with_connector_lazy(service_fn(move |_: Uri| {
-            let (tls, address, expect) = (tls.clone(), address.clone(), expect.clone());
+            let (tls, address, expect) = (tls.clone(), address(), expect.clone());
             async move { connect(tls, &address, expect).await.map(TokioIo::new) }
         }))
 }

@@ -95,7 +95,8 @@ impl Peer for Api {
         let Some(committed) = committed else {
             return Err(Status::failed_precondition(format!(
                 "VM `{vm}` does not belong to node {} at generation {}",
-                node.name, message.generation
+                node.name(),
+                message.generation
             )));
         };
         let (id, generation) = (&message.migration_id, committed.value.generation);
@@ -143,7 +144,7 @@ async fn expected(
     Err(Status::failed_precondition(format!(
         "VM `{vm}` is not being moved from {} to {}: it is {} at {}, generation {}",
         node.name_of(from),
-        node.name,
+        node.name(),
         placement.phase.word(),
         node.name_of(placement.owner),
         placement.generation
