@@ -135,7 +135,7 @@ async fn expected(
     let placement = placement.ok_or_else(|| super::super::vms::unknown_vm(vm))?.value;
     let moving = placement.phase == Phase::Migrating { target: node.id };
     if placement.ha && !node.may_run_ha() {
-        let error = crate::reconcile::LaunchError::NoWatchdog(node.name.clone());
+        let error = crate::reconcile::LaunchError::NoWatchdog(node.name());
         return Err(Status::failed_precondition(error.to_string()));
     }
     if placement.owner == from && placement.generation.0 == generation && moving {
