@@ -35,7 +35,7 @@ pub mod tree;
 mod types;
 
 pub use cluster::Cluster;
-pub use config::{ClusterConfig, RaftTimings, Retention};
+pub use config::{ClusterConfig, Limits, RaftTimings, Retention};
 pub use consensus::RaftService;
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,

@@ -6,6 +6,7 @@
 pub(crate) mod lead;
 mod log_store;
 mod network;
+mod recent;
 mod service;
 mod snapshot;
 mod start;
@@ -18,6 +19,7 @@ mod suite_tests;
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
 pub(crate) use network::{Network, Peers, REMOVED, ask};
+pub(crate) use recent::Look;
 pub use service::RaftService;
 pub(crate) use service::{Forward, Forwarded};
 pub(crate) use snapshot::clean_up;

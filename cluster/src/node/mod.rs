@@ -19,6 +19,7 @@ use tokio::sync::watch;
 
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
 use crate::identity::Identity;
+use crate::service::Rate;
 use crate::storage::Db;
 use crate::{ClusterConfig, Leadership, Member, StoreError};
 
@@ -43,6 +44,9 @@ pub(crate) struct Node {
     client: String,
     sequence: AtomicU64,
     stopping: AtomicBool,
+    /// One permit for each watch that a client may have.
+    watch_slots: Arc<tokio::sync::Semaphore>,
+    rate: std::sync::Mutex<Rate>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
@@ -105,6 +109,16 @@ impl Node {
             Some(failure) => Err(failure.clone()),
             None => Ok(()),
         }
+    }
+
+    /// Whether a client may ask now.
+    pub(crate) fn take_turn(&self, client: &str) -> Result<(), StoreError> {
+        let mut rate = self.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if rate.take(client, Instant::now()) {
+            return Ok(());
+        }
+        let per_s = self.config.limits.client_requests_per_s;
+        Err(StoreError::TooOften { client: client.to_owned(), per_s })
     }
 
     /// Members, by id.
