@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use super::Node;
 use crate::StoreError;
 use crate::consensus::{Forward, Forwarded, ask, lead};
-use crate::machine::Command;
+use crate::machine::{Command, Reply};
 use crate::storage::free_bytes;
 
 /// Between two attempts.
@@ -102,6 +102,11 @@ impl Node {
                 Forwarded::DiskFull { folder, .. } if perhaps_done => {
                     return Err(StoreError::UnknownOutcome {
                         why: format!("{why}; then the leader's disk was full ({folder})"),
+                    });
+                }
+                Forwarded::Reply(Reply::Full(_)) if perhaps_done => {
+                    return Err(StoreError::UnknownOutcome {
+                        why: format!("{why}; then there was no space for it any more"),
                     });
                 }
                 answer => return Ok(answer),
