@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
@@ -14,6 +14,8 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// An attempt that ends this much after its limit was not waited for.
+const LATE: Duration = Duration::from_millis(500);
 
 /// A channel that connects at its first use. `expect` is the name that the server's certificate
 /// must carry; `address` is where it is.
@@ -24,15 +26,34 @@ pub(crate) fn channel(
 ) -> Channel {
     // The URI is never dialled; it fills HTTP/2's :authority.
     Endpoint::from_static("http://member.holdfast")
-        .connect_timeout(CONNECT_LIMIT)
         .http2_keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(5))
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .connect_with_connector_lazy(service_fn(move |_: Uri| {
             let (tls, address, expect) = (tls.clone(), address.clone(), expect.clone());
-            async move { connect(tls, &address, expect).await.map(TokioIo::new) }
+            async move {
+                let attempt = || connect(tls.clone(), &address, expect.clone());
+                dial(CONNECT_LIMIT, attempt).await.map(TokioIo::new)
+            }
         }))
+}
+
+/// Dials for whoever waits now. A channel keeps a dial whose request was given up, without polling
+/// it, for its next request: what that finds, perhaps minutes later, is an attempt that the other
+/// end has long closed, or the news of a node that is up again since. Such a dial begins anew.
+/// An attempt that is waited for fails within `limit`.
+async fn dial<T, F>(limit: Duration, attempt: impl Fn() -> F + Send) -> io::Result<T>
+where
+    F: Future<Output = io::Result<T>> + Send,
+{
+    loop {
+        let begun = Instant::now();
+        let dialled = attempt().await;
+        if dialled.is_ok() || begun.elapsed() < limit + LATE {
+            return dialled;
+        }
+    }
 }
 
 /// One TLS connection.
@@ -52,4 +73,37 @@ pub(crate) async fn connect(
             format!("{address} did not answer within {} s", CONNECT_LIMIT.as_secs()),
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Fails at its second poll, and is counted.
+    async fn fail(attempts: &AtomicUsize) -> io::Result<()> {
+        attempts.fetch_add(1, Ordering::SeqCst);
+        tokio::task::yield_now().await;
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    #[tokio::test]
+    async fn a_dial_that_is_waited_for_fails_once() {
+        let attempts = AtomicUsize::new(0);
+        dial(CONNECT_LIMIT, || fail(&attempts)).await.unwrap_err();
+        assert_eq!(attempts.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_dial_that_was_left_alone_begins_anew() {
+        let attempts = AtomicUsize::new(0);
+        let limit = Duration::from_millis(1);
+        let mut dialling = Box::pin(dial(limit, || fail(&attempts)));
+        assert!(futures::poll!(dialling.as_mut()).is_pending());
+        // Nobody polls it meanwhile.
+        std::thread::sleep(limit + LATE);
+        dialling.await.unwrap_err();
+        assert_eq!(attempts.load(Ordering::SeqCst), 2);
+    }
 }

@@ -120,10 +120,9 @@ pub fn no_quorum(node: &Node) -> Status {
 /// What a forwarded call's transport error means to the caller.
 #[must_use]
 pub fn unreachable(node: &Node, to: NodeId, status: &Status) -> Status {
-    if status.code() == tonic::Code::Unavailable && status.message().is_empty()
-        || status.message().contains("transport error")
-        || status.message().contains("tcp connect")
-    {
+    // What the other node says has no source here; what breaks on the way to it has.
+    let on_the_way = std::error::Error::source(status).is_some();
+    if on_the_way || status.code() == tonic::Code::Unavailable && status.message().is_empty() {
         return Status::unavailable(format!(
             "node {} does not answer; look at `clusterctl node list`",
             node.name_of(to)

@@ -14,7 +14,7 @@ use tonic::Status;
 
 use super::create::unknown_node;
 use super::{no_task, unknown_vm};
-use crate::api::forward::{Caller, channel};
+use crate::api::forward::{Caller, channel, unreachable};
 use crate::events::stamped;
 use crate::ha::{Snapshot, observe};
 use crate::migration::{CommitOutcome, MigrationError, SourceOptions, run_source};
@@ -200,7 +200,13 @@ async fn copy(
         }
     };
     let cancel = task.cancel().clone();
-    run_source(&node.supervisor, vm, &peer, options, commit, progress, cancel).await
+    let moved = run_source(&node.supervisor, vm, &peer, options, commit, progress, cancel).await;
+    moved.map_err(|error| match error {
+        MigrationError::Target { name, status } => {
+            MigrationError::Target { name, status: unreachable(node, target, &status) }
+        }
+        error => error,
+    })
 }
 
 fn line(now: &MigrationProgress) -> String {
