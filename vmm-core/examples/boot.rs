@@ -7,8 +7,9 @@
 //! ```
 //! Memory is in MiB. A kernel is a bzImage, or an ELF image with a PVH entry. `--disk FILE[:ro]`
 //! may be given more than once, as may `--tap INTERFACE`; `--console`
-//! adds a virtio console that echoes. `--save FILE --save-after SECONDS` saves the VM and ends;
-//! `--restore FILE` goes on with it. `--power-button-after SECONDS` presses the button.
+//! adds a virtio console that echoes. `--save FILE --save-at TEXT` saves the VM when it has printed
+//! TEXT on its serial line, and ends; `--restore FILE` goes on with it. `--power-button-at TEXT`
+//! presses the button.
 //! Exit status: 0 after a shutdown, 3 after a reset with `--no-reboot`, 1 after anything else.
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
@@ -38,14 +40,14 @@ struct Options {
     taps: Vec<String>,
     console: bool,
     save: Option<String>,
-    save_after: u64,
+    save_at: Option<String>,
     restore: Option<String>,
-    button_after: Option<u64>,
+    button_at: Option<String>,
     no_reboot: bool,
 }
 
 fn options() -> Result<Options, AnyError> {
-    let mut options = Options { cpus: 1, memory_mib: 256, save_after: 5, ..Options::default() };
+    let mut options = Options { cpus: 1, memory_mib: 256, ..Options::default() };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         match name.as_str() {
@@ -73,9 +75,9 @@ fn set(
         "--disk" => options.disks.push(value),
         "--tap" => options.taps.push(value),
         "--save" => options.save = Some(value),
-        "--save-after" => options.save_after = value.parse()?,
+        "--save-at" => options.save_at = Some(value),
         "--restore" => options.restore = Some(value),
-        "--power-button-after" => options.button_after = Some(value.parse()?),
+        "--power-button-at" => options.button_at = Some(value),
         _ => return Err(format!("unknown option {name}").into()),
     }
     Ok(())
@@ -128,14 +130,37 @@ fn echo_console(port: &ConsolePort) {
     }
 }
 
-/// Prints what the guest prints, and types what is typed here.
-fn connect(machine: &Arc<Machine>) {
+/// A text that the guest is to print, and whether it has.
+struct Awaited {
+    text: String,
+    printed: AtomicBool,
+}
+
+impl Awaited {
+    fn new(text: Option<&String>) -> Option<Arc<Self>> {
+        let text = text?.clone();
+        Some(Arc::new(Self { text, printed: AtomicBool::new(false) }))
+    }
+
+    fn look(&self, printed: &str) {
+        if printed.contains(&self.text) {
+            self.printed.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Prints what the guest prints, looks for what is awaited, and types what is typed here.
+fn connect(machine: &Arc<Machine>, awaited: Vec<Arc<Awaited>>) {
     let output = machine.serial().output().clone();
     std::thread::spawn(move || {
         let mut offset = 0;
+        let mut line = String::new();
         loop {
             let chunk = output.wait(offset, 65536, Duration::from_secs(60));
             offset = chunk.next_offset();
+            line.push_str(&String::from_utf8_lossy(&chunk.bytes));
+            awaited.iter().for_each(|awaited| awaited.look(&line));
+            line.drain(..line.rfind('\n').map_or(0, |end| end + 1));
             let mut stdout = std::io::stdout();
             if stdout.write_all(&chunk.bytes).and_then(|()| stdout.flush()).is_err() {
                 return;
@@ -165,13 +190,14 @@ fn main() -> Result<ExitCode, AnyError> {
     };
     machine.pci().lock_disks()?;
     let machine = Arc::new(machine);
-    connect(&machine);
+    let save_at = Awaited::new(options.save_at.as_ref());
+    let button_at = Awaited::new(options.button_at.as_ref());
+    connect(&machine, [&save_at, &button_at].into_iter().flatten().cloned().collect());
     machine.resume()?;
     eprintln!("boot: running after {} ms", begun.elapsed().as_millis());
-    let mut button = options.button_after.map(Duration::from_secs);
-    let save_after = options.save.as_ref().map(|_| Duration::from_secs(options.save_after));
+    let mut button = button_at;
     loop {
-        match events.recv_timeout(Duration::from_millis(100)) {
+        match events.recv_timeout(Duration::from_millis(20)) {
             Ok(MachineEvent::Reset(cause)) => {
                 eprintln!("boot: reset ({cause:?}) after {} ms", begun.elapsed().as_millis());
                 if options.no_reboot {
@@ -187,12 +213,12 @@ fn main() -> Result<ExitCode, AnyError> {
             Err(RecvTimeoutError::Disconnected) => return Err("the machine is gone".into()),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if button.is_some_and(|after| begun.elapsed() >= after) {
-            button = None;
+        let printed = |awaited: &Arc<Awaited>| awaited.printed.load(Ordering::Relaxed);
+        if button.take_if(|button| printed(button)).is_some() {
             eprintln!("boot: power button, listened to: {}", machine.press_power_button());
         }
-        if let (Some(path), Some(after)) = (&options.save, save_after)
-            && begun.elapsed() >= after
+        if let Some(path) = &options.save
+            && save_at.as_ref().is_some_and(printed)
         {
             machine.pause()?;
             write_snapshot(&machine, &mut BufWriter::new(File::create(path)?))?;

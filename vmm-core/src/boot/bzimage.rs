@@ -34,6 +34,7 @@ pub(super) fn load(
 ) -> Result<BootRegisters, BootError> {
     // The address is only known from the header, so the header is read before the kernel.
     let header = read_header(kernel)?;
+    check_whole(kernel, &header)?;
     let start = header.pref_address;
     let end = start.saturating_add(u64::from(header.init_size));
     let available = linux::low_ram_end(memory);
@@ -66,6 +67,20 @@ pub(super) fn load(
         .write_obj(params, GuestAddress(ZERO_PAGE))
         .map_err(|source| BootError::Write { what: "boot parameters", source })?;
     Ok(BootRegisters::Long { entry: start + ENTRY_64, zero_page: ZERO_PAGE })
+}
+
+/// Refuses a file that ends before the kernel does: its decompressor would stand still without a word.
+fn check_whole(kernel: &File, header: &setup_header) -> Result<(), BootError> {
+    let found =
+        kernel.metadata().map_err(|source| BootError::Read { what: "kernel", source })?.len();
+    // "If setup_sects is 0, its real value is 4"; syssize is in units of 16 bytes.
+    let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+    let announced = (setup_sectors + 1) * 512 + u64::from(header.syssize) * 16;
+    if found < announced {
+        let text = format!("it has {found} bytes, its header announces {announced}");
+        return Err(BootError::Damaged(text));
+    }
+    Ok(())
 }
 
 fn low32(value: u64) -> u32 {
@@ -161,6 +176,10 @@ mod tests {
         assert!(matches!(old, BootError::Unsupported(_)));
         let sectors = refused(image(|header| header.setup_sects = 255));
         assert!(matches!(sectors, BootError::Damaged(_)));
+        // 8192 bytes are two sectors and 448 units of 16 bytes.
+        let cut_off = refused(image(|header| header.syssize = 449));
+        assert!(matches!(cut_off, BootError::Damaged(_)));
+        load(&memory, &image(|header| header.syssize = 448), None, "").unwrap();
         assert!(matches!(refused(tempfile::tempfile().unwrap()), BootError::NotAKernel));
     }
 }
