@@ -1,12 +1,14 @@
 //! Opening a data folder: a member goes on, a fresh one is initialized or joins.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::{Name, NodeId};
 use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::Instant;
 
 use crate::consensus::{MemberNode, lead};
+use crate::host::blocking;
 use crate::identity::{Ca, Identity, NodeIdentity, request};
 use crate::membership;
 use crate::node::{self, Node};
@@ -59,8 +61,8 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
 }
 
 async fn open_db(config: &ClusterConfig, lock: FolderLock) -> Result<Arc<Db>, OpenError> {
-    let folder = config.data_dir.clone();
-    let opened = tokio::task::spawn_blocking(move || Db::open(&folder, lock)).await;
+    let (folder, host) = (config.data_dir.clone(), config.host.clone());
+    let opened = blocking(config.host.as_ref(), move || Db::open(&folder, lock, host)).await;
     let db = opened.map_err(|error| OpenError::Raft(error.to_string()))??;
     Ok(Arc::new(db))
 }
