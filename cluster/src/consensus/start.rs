@@ -20,6 +20,9 @@ pub(crate) async fn start(
         election_timeout_min: config.timings.election_min_ms,
         election_timeout_max: config.timings.election_max_ms,
         enable_pre_vote: Some(true),
+        // How far the log is committed is not synced. A leader that went on in its old term after a
+        // power loss would confirm reads at an index below what it had acknowledged.
+        enable_leader_restore: Some(false),
         snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(config.snapshot_every),
         max_in_snapshot_log_to_keep: config.snapshot_keep,
         replication_lag_threshold: config.snapshot_every.saturating_mul(2),
