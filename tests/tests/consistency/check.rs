@@ -20,6 +20,11 @@ pub(crate) type Anomaly = String;
 /// All that is wrong with a record.
 pub(crate) fn anomalies(record: &Record) -> Vec<Anomaly> {
     let mut found = record.trouble.clone();
+    if record.log.is_empty() {
+        // It could not be read, and that is among the trouble.
+        found.push("there is no log".to_owned());
+        return found;
+    }
     let replay = Replay::new(record);
     let authors = replay.authors(&mut found);
     for (index, operation) in record.operations.iter().enumerate() {
@@ -232,7 +237,7 @@ impl<'a> Replay<'a> {
             let log = self.record.log.iter().take(watched.len());
             let same =
                 log.zip(watched).all(|((r, c), (revision, change))| r == revision && c == change);
-            if !self.record.log.is_empty() && (!same || watched.len() != self.record.log.len()) {
+            if !same || watched.len() != self.record.log.len() {
                 found.push(format!("the watch on node {node} did not see the log as it is"));
             }
         }

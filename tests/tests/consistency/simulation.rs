@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use cluster::{Cluster, Consistency};
+use cluster::{Cluster, Consistency, StoreError};
 use futures::StreamExt;
 use proto::Revision;
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,9 @@ use super::history::{Change, Record, change_of, state_of};
 use super::machine::Promise;
 use super::rng::Rng;
 use super::world::{NODES, Outcome, TICK_MS, World, locked, txn_of};
+
+/// Attempts that each last request when all is well is given.
+const PATIENCE: usize = 10;
 
 /// What a simulation is made of, beside its seed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -146,25 +149,15 @@ fn work(
 
 /// What every member holds once all is well again, and the whole history.
 fn look_around(world: &mut World, record: &mut Record) -> Outcome {
-    let end = txn_of(&[], &[("end".to_owned(), Some(b"end".to_vec()))]);
-    let ended = |world: &mut World| {
-        let txn = end.clone();
-        world.ask(0, |cluster| async move { cluster.txn(txn).await })
-    };
     world.until("all members run again", |world| (0..NODES).all(|n| world.cluster(n).is_some()))?;
-    let mut tries = 0;
-    let revision = loop {
-        match ended(world)? {
-            Ok(outcome) => break outcome.revision().0,
-            Err(error) if tries == 10 => return Err(format!("no write when all is well: {error}")),
-            Err(_) => tries += 1,
-        }
-    };
+    let revision = until_done(world, 0, |cluster| async move {
+        let end = txn_of(&[], &[("end".to_owned(), Some(b"end".to_vec()))]);
+        cluster.txn(end).await.map(|outcome| outcome.revision().0)
+    })?;
     for node in 0..NODES {
-        let range = world.ask(node, |cluster| async move {
+        let range = until_done(world, node, |cluster| async move {
             cluster.range("", "", 0, Consistency::Linearizable).await
         })?;
-        let range = range.map_err(|error| format!("no read when all is well: {error}"))?;
         record.last.push((range.revision.0, state_of(range.kvs)));
     }
     world.until("all watches have seen everything", |world| {
@@ -173,6 +166,23 @@ fn look_around(world: &mut World, record: &mut Record) -> Outcome {
     })?;
     record.log = world.ask(1, move |cluster| history(cluster, revision))??;
     Ok(())
+}
+
+/// When all is well a member may take its time to catch up, but not for ever.
+fn until_done<T: Send + 'static, F>(
+    world: &mut World,
+    node: usize,
+    question: impl Fn(Cluster) -> F,
+) -> Outcome<T>
+where
+    F: Future<Output = Result<T, StoreError>> + Send + 'static,
+{
+    for _ in 1..PATIENCE {
+        if let Ok(answer) = world.ask(node, &question)? {
+            return Ok(answer);
+        }
+    }
+    world.ask(node, question)?.map_err(|error| format!("node {node}, when all is well: {error}"))
 }
 
 async fn history(cluster: Cluster, to: u64) -> Outcome<BTreeMap<u64, Change>> {
