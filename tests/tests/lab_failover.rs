@@ -1,186 +1,219 @@
-//! Nodes lose power, their network, or their wits: HA VMs come back elsewhere, never twice.
+//! Nodes lose power, their network, or their wits: HA VMs come back elsewhere, never twice. One lab
+//! and one HA guest for all: each scenario begins where the last one left the guest.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use proto::v1::ClusterStatus;
 use tests::guest::client::Status;
 use tests::guest::records::Record;
-use tests::lab::cluster::Guest;
-use tests::lab::{Lab, wait_until};
+use tests::lab::guest::Guest;
+use tests::lab::scenario::{Stage, play};
+use tests::lab::{Lab, Options, wait_until};
 
 const BOOT: Duration = Duration::from_secs(120);
 
-/// A lab, an HA guest on a node that is not the leader (or is), and a node to watch from.
-struct Scene {
+#[test]
+fn ha_vms_come_back_elsewhere_and_never_twice() -> anyhow::Result<()> {
+    let lab = Lab::cluster(&Options::temporary(3))?;
+    let web = Guest::new("web", 100);
+    lab.create_guest(1, &web, None)?;
+    let status = lab.await_guest(1, &web, BOOT)?;
+    let mut stage = Failover { lab, web, status };
+    play(
+        &mut stage,
+        &[
+            ("a killed agent finds its VM again", a_killed_agent_finds_its_vm_again),
+            ("a partitioned owner stops its VM before another node starts it", a_partition),
+            ("a hung agent costs its node the VM", a_hung_agent),
+            ("a hung node is reset or writes nothing more", a_hung_node),
+            ("a power cut of the owner moves its VM", a_power_cut_of_the_owner),
+            ("a power cut of the leader moves its VM", a_power_cut_of_the_leader),
+            ("without a quorum changes are refused and other VMs run on", no_quorum),
+        ],
+    )?;
+    stage.lab.down()
+}
+
+/// The lab, and its HA guest as it was last seen.
+struct Failover {
     lab: Lab,
     web: Guest,
+    status: Status,
+}
+
+/// Who does what in a scenario.
+#[derive(Clone, Copy)]
+struct Roles {
+    /// Runs the guest.
     owner: u32,
+    /// Asked, and spared.
     watcher: u32,
-    before: Status,
 }
 
-fn scene(on_leader: bool) -> anyhow::Result<Scene> {
-    let lab = Lab::cluster(3)?;
-    let leader = lab.leader(1)?;
-    let numbers = lab.numbers();
-    let not = |avoid: u32| numbers.iter().copied().find(|number| *number != avoid).unwrap_or(avoid);
-    let owner = if on_leader { leader } else { not(leader) };
-    let watcher = if on_leader { not(leader) } else { leader };
-    let web = Guest::new("web", 100);
-    lab.create_guest(watcher, &web, Some(owner))?;
-    let before = lab.await_guest(watcher, &web, BOOT)?;
-    Ok(Scene { lab, web, owner, watcher, before })
-}
-
-/// Waits until the guest runs on another node, booted anew, once.
-fn wait_recovered(scene: &Scene) -> anyhow::Result<Status> {
-    let Scene { lab, web, owner, watcher, before } = scene;
-    let elsewhere = format!("it runs on another node than node{owner}");
-    let owner_name = format!("node{owner}");
-    lab.wait_vm(*watcher, "web", BOOT, &elsewhere, |vm| {
-        vm.phase == "started" && vm.node != owner_name && !vm.node.is_empty()
-    })?;
-    let after = lab.await_guest(*watcher, web, BOOT)?;
-    ensure!(after.boot_id != before.boot_id, "the old copy answers");
-    Ok(after)
-}
-
-/// The last record of the first boot and the first of the second.
-fn handover(records: &[Record]) -> anyhow::Result<(Record, Record)> {
-    let second = records.iter().position(|record| record.boots_before == 1);
-    match second {
-        Some(second @ 1..) => Ok((records[second - 1], records[second])),
-        _ => anyhow::bail!("two boots should have written records"),
+impl Stage for Failover {
+    /// All nodes are up and online, and one copy of the guest runs.
+    fn check_whole(&mut self) -> anyhow::Result<()> {
+        for number in self.lab.numbers() {
+            self.lab.wait_up(number, BOOT)?;
+        }
+        self.lab.wait_healthy(1)?;
+        let now = self.lab.wait_single_copy(1, &self.web)?;
+        ensure!(now.boot_id == self.status.boot_id, "the guest was restarted once more");
+        Ok(())
     }
 }
 
-#[test]
-fn a_power_cut_of_the_owner_moves_its_vm() -> anyhow::Result<()> {
-    let mut scene = scene(false)?;
-    scene.lab.power_off(scene.owner)?;
-    wait_recovered(&scene)?;
-    // It comes back clean: online again, without the VM.
-    scene.lab.power_on(scene.owner)?;
-    scene.lab.wait_up(scene.owner, BOOT)?;
-    scene.lab.wait_healthy(scene.watcher)?;
-    scene.lab.wait_single_copy(scene.watcher, &scene.web)?;
-    let records = scene.lab.stop_and_check(scene.watcher, &scene.web)?;
-    handover(&records)?;
-    scene.lab.down()
+impl Failover {
+    /// The guest is (or is not) on the Raft leader's node; it is moved there if need be.
+    fn roles(&self, on_leader: bool) -> anyhow::Result<Roles> {
+        let Self { lab, web, .. } = self;
+        let leader = lab.leader(1)?;
+        let other = |than: u32| {
+            let mut numbers = lab.numbers().into_iter();
+            numbers.find(|number| *number != than).context("a cluster of one")
+        };
+        let mut owner = lab.owner(1, &web.name)?;
+        if (owner == leader) != on_leader {
+            let target = if on_leader { leader } else { other(leader)? };
+            lab.migrate(leader, &web.name, target)?;
+            owner = target;
+        }
+        Ok(Roles { owner, watcher: if on_leader { other(leader)? } else { leader } })
+    }
+
+    /// Waits until the guest runs on another node, booted anew.
+    fn wait_recovered(&mut self, Roles { owner, watcher }: Roles) -> anyhow::Result<()> {
+        let Self { lab, web, .. } = self;
+        let elsewhere = format!("it runs on another node than node{owner}");
+        let owner_name = format!("node{owner}");
+        lab.wait_vm(watcher, &web.name, BOOT, &elsewhere, |vm| {
+            vm.phase == "started" && vm.node != owner_name && !vm.node.is_empty()
+        })?;
+        let after = lab.await_guest(watcher, web, BOOT)?;
+        ensure!(after.boot_id != self.status.boot_id, "the old copy answers");
+        self.status = after;
+        Ok(())
+    }
+
+    /// The node that lost the guest is well again, and has no copy of it.
+    fn wait_back(&self, Roles { owner, watcher }: Roles) -> anyhow::Result<()> {
+        self.lab.wait_up(owner, BOOT)?;
+        self.lab.wait_healthy(watcher)?;
+        self.lab.wait_single_copy(watcher, &self.web).map(drop)
+    }
+
+    /// The last record of the guest's boot before this one, and the first of this one; all in order.
+    fn handover(&self, watcher: u32) -> anyhow::Result<(Record, Record)> {
+        let records = self.lab.pause_and_check(watcher, &self.web)?;
+        let this_boot = boot_id(&self.status)?;
+        let first = records.iter().position(|record| record.boot_id == this_boot);
+        let first = first.context("this boot has written no record")?;
+        ensure!(first > 0, "the boot before wrote no record");
+        let (last, first) = (records[first - 1], records[first]);
+        ensure!(first.wall_ns > last.wall_ns, "both wrote at once: {last:?}, {first:?}");
+        Ok((last, first))
+    }
 }
 
-#[test]
-fn a_power_cut_of_the_leader_moves_its_vm() -> anyhow::Result<()> {
-    let mut scene = scene(true)?;
-    scene.lab.power_off(scene.owner)?;
-    wait_recovered(&scene)?;
-    let records = scene.lab.stop_and_check(scene.watcher, &scene.web)?;
-    handover(&records)?;
-    scene.lab.down()
+/// A boot id as records have it.
+fn boot_id(status: &Status) -> anyhow::Result<[u8; 16]> {
+    let digits: String = status.boot_id.chars().filter(|c| *c != '-').collect();
+    Ok(u128::from_str_radix(&digits, 16)?.to_be_bytes())
 }
 
-#[test]
-fn a_partitioned_owner_stops_its_vm_before_another_node_starts_it() -> anyhow::Result<()> {
-    let scene = scene(false)?;
-    scene.lab.isolate(scene.owner)?;
-    wait_recovered(&scene)?;
-    scene.lab.heal()?;
-    scene.lab.wait_healthy(scene.watcher)?;
-    scene.lab.wait_single_copy(scene.watcher, &scene.web)?;
-    let records = scene.lab.stop_and_check(scene.watcher, &scene.web)?;
-    let (last, first) = handover(&records)?;
-    let gap_ms = first.wall_ns.saturating_sub(last.wall_ns) / 1_000_000;
-    println!("the old copy's last record is {gap_ms} ms older than the new one's first");
-    assert!(first.wall_ns > last.wall_ns, "both wrote at once");
-    assert!(gap_ms >= 1000, "only {gap_ms} ms between the copies");
-    scene.lab.down()
-}
-
-#[test]
-fn a_hung_agent_costs_its_node_the_vm() -> anyhow::Result<()> {
-    let scene = scene(false)?;
-    scene.lab.hang_agent(scene.owner)?;
-    wait_recovered(&scene)?;
-    // The hung agent goes on (unless the watchdog has reset its node): nothing runs twice.
-    let _ = scene.lab.thaw_agent(scene.owner);
-    scene.lab.wait_up(scene.owner, BOOT)?;
-    scene.lab.wait_healthy(scene.watcher)?;
-    scene.lab.wait_single_copy(scene.watcher, &scene.web)?;
-    let records = scene.lab.stop_and_check(scene.watcher, &scene.web)?;
-    let (last, first) = handover(&records)?;
-    assert!(first.wall_ns > last.wall_ns, "both wrote at once");
-    scene.lab.down()
-}
-
-#[test]
-fn a_hung_node_is_reset_or_writes_nothing_more() -> anyhow::Result<()> {
-    let scene = scene(false)?;
-    scene.lab.freeze(scene.owner)?;
-    wait_recovered(&scene)?;
-    scene.lab.unfreeze(scene.owner)?;
-    scene.lab.wait_up(scene.owner, BOOT)?;
-    scene.lab.wait_healthy(scene.watcher)?;
-    scene.lab.wait_single_copy(scene.watcher, &scene.web)?;
-    let records = scene.lab.stop_and_check(scene.watcher, &scene.web)?;
-    handover(&records)?;
-    scene.lab.down()
-}
-
-#[test]
-fn a_killed_agent_finds_its_vm_again() -> anyhow::Result<()> {
-    let scene = scene(false)?;
-    let Scene { lab, web, owner, watcher, before } = &scene;
-    let pids = lab.vm_pids(*owner)?;
-    let talk = lab.talk(*watcher, web)?;
-    lab.kill_agent(*owner)?;
-    lab.wait_agent(*owner)?;
-    lab.wait_healthy(*watcher)?;
-    assert_eq!(lab.vm_pids(*owner)?, pids, "the VM's process is another one");
+fn a_killed_agent_finds_its_vm_again(stage: &mut Failover) -> anyhow::Result<()> {
+    let Roles { owner, watcher } = stage.roles(false)?;
+    let Failover { lab, web, .. } = stage;
+    let pids = lab.vm_pids(owner)?;
+    let talk = lab.talk(watcher, web)?;
+    let since = lab.log_length(owner)?;
+    lab.kill_agent(owner)?;
+    lab.wait_log(owner, since, "member of")?;
+    lab.wait_agent(owner)?;
+    lab.wait_healthy(watcher)?;
+    ensure!(lab.vm_pids(owner)? == pids, "the VM's process is another one");
     let report = talk.finish()?;
-    assert_eq!(report.connections, 1, "{report:?}");
+    ensure!(report.connections == 1, "{report:?}");
     // It is the agent's again: it can be moved.
-    let target = lab.numbers().into_iter().find(|n| n != owner && n != watcher).unwrap_or(*watcher);
-    lab.migrate(*watcher, "web", target)?;
-    let after = lab.wait_single_copy(*watcher, web)?;
-    assert_eq!(after.boot_id, before.boot_id);
-    lab.stop_and_check(*watcher, web)?;
-    scene.lab.down()
+    let target = lab.numbers().into_iter().find(|n| *n != owner && *n != watcher);
+    lab.migrate(watcher, &web.name, target.context("three nodes are needed")?)?;
+    lab.pause_and_check(watcher, web).map(drop)
 }
 
-#[test]
-fn without_a_quorum_changes_are_refused_and_other_vms_run_on() -> anyhow::Result<()> {
-    let mut lab = Lab::cluster(3)?;
+fn a_partition(stage: &mut Failover) -> anyhow::Result<()> {
+    let roles = stage.roles(false)?;
+    stage.lab.isolate(roles.owner)?;
+    stage.wait_recovered(roles)?;
+    stage.lab.heal()?;
+    stage.wait_back(roles)?;
+    let (last, first) = stage.handover(roles.watcher)?;
+    let gap_ms = (first.wall_ns - last.wall_ns) / 1_000_000;
+    println!("the old copy's last record is {gap_ms} ms older than the new one's first");
+    ensure!(gap_ms >= 1000, "only {gap_ms} ms between the copies");
+    Ok(())
+}
+
+fn a_hung_agent(stage: &mut Failover) -> anyhow::Result<()> {
+    let roles = stage.roles(false)?;
+    stage.lab.hang_agent(roles.owner)?;
+    stage.wait_recovered(roles)?;
+    // The hung agent goes on (unless the watchdog has reset its node): nothing runs twice.
+    let _ = stage.lab.thaw_agent(roles.owner);
+    stage.wait_back(roles)?;
+    stage.handover(roles.watcher).map(drop)
+}
+
+fn a_hung_node(stage: &mut Failover) -> anyhow::Result<()> {
+    let roles = stage.roles(false)?;
+    stage.lab.freeze(roles.owner)?;
+    stage.wait_recovered(roles)?;
+    stage.lab.unfreeze(roles.owner)?;
+    stage.wait_back(roles)?;
+    stage.handover(roles.watcher).map(drop)
+}
+
+fn a_power_cut_of_the_owner(stage: &mut Failover) -> anyhow::Result<()> {
+    let roles = stage.roles(false)?;
+    stage.lab.power_off(roles.owner)?;
+    stage.wait_recovered(roles)?;
+    // Nothing is moved to a node that is known to be dead.
+    let dead = format!("node{}", roles.owner);
+    let refused = stage.lab.ctl_output(roles.watcher, &["vm", "migrate", "web", &dead])?;
+    ensure!(refused.code != 0, "a VM was moved to a dead node");
+    ensure!(refused.stderr.contains(&dead) && refused.stderr.contains("dead"), "{refused:?}");
+    // It comes back clean: online again, without the VM.
+    stage.lab.power_on(roles.owner)?;
+    stage.wait_back(roles)?;
+    stage.handover(roles.watcher).map(drop)
+}
+
+fn a_power_cut_of_the_leader(stage: &mut Failover) -> anyhow::Result<()> {
+    let roles = stage.roles(true)?;
+    stage.lab.power_off(roles.owner)?;
+    stage.wait_recovered(roles)?;
+    stage.handover(roles.watcher)?;
+    stage.lab.power_on(roles.owner)
+}
+
+fn no_quorum(stage: &mut Failover) -> anyhow::Result<()> {
+    if stage.lab.owner(1, &stage.web.name)? != 1 {
+        stage.lab.migrate(1, &stage.web.name, 1)?;
+    }
+    let Failover { lab, web, .. } = stage;
     let plain = Guest { ha: false, ..Guest::new("plain", 101) };
     lab.create_guest(1, &plain, Some(1))?;
     let before = lab.await_guest(1, &plain, BOOT)?;
-    lab.power_off(2)?;
-    lab.power_off(3)?;
+    let web_before = lab.vm(1, &web.name)?;
 
-    // A write that is under way as the majority goes may have reached it: its outcome is unknown,
-    // and that is said in time. Once the leader has noticed, writes are refused before they begin.
-    let refused = |bridge: &str| -> anyhow::Result<i32> {
-        let started = std::time::Instant::now();
-        let output = lab.ctl_output(1, &["network", "create", bridge, "--bridge", bridge])?;
-        let took = started.elapsed();
-        println!("answered after {took:?} with {}: {}", output.code, output.stderr);
-        ensure!(output.code != 0, "a minority accepted a change");
-        ensure!(took < Duration::from_secs(5), "it took {took:?}");
-        let said = &output.stderr;
-        ensure!(
-            said.contains("majority") || said.contains("quorum"),
-            "it does not say why: {said}"
-        );
-        Ok(output.code)
-    };
-    refused("early0")?;
-    wait_until(BOOT, "the node knows that there is no quorum", || {
-        let status = lab.ctl_json::<ClusterStatus>(1, &["cluster", "status"]);
-        Ok(status.is_ok_and(|status| !status.quorum))
-    })?;
-    assert_eq!(refused("late0")?, 5, "the exit code for no quorum");
+    lab.power_off(2)?;
+    to_a_node_that_has_just_died(lab, &plain, &before)?;
+    lab.power_off(3)?;
+    minority_refuses(lab)?;
     let during = lab.await_guest(1, &plain, BOOT)?;
-    assert_eq!(during.boot_id, before.boot_id);
+    ensure!(during.boot_id == before.boot_id, "the VM did not run on");
+    // The HA VM may be started by others, for all that this node knows: it must not run here.
+    wait_until(BOOT, "the HA VM has ended, the other runs", || Ok(lab.vm_pids(1)?.len() == 1))?;
 
     for number in [2, 3] {
         lab.power_on(number)?;
@@ -191,7 +224,52 @@ fn without_a_quorum_changes_are_refused_and_other_vms_run_on() -> anyhow::Result
     lab.wait_healthy(1)?;
     lab.ctl(1, &["network", "create", "late0", "--bridge", "late0"])?;
     let after = lab.await_guest(1, &plain, BOOT)?;
-    assert_eq!(after.boot_id, before.boot_id, "the VM did not run on");
-    wait_until(BOOT, "one process", || Ok(lab.vm_processes()? == [1]))?;
-    lab.down()
+    ensure!(after.boot_id == before.boot_id, "the VM did not run on");
+    lab.stop_and_check(1, &plain)?;
+    lab.ctl(1, &["vm", "delete", &plain.name])?;
+    lab.wait_vm(1, &web.name, BOOT, "the HA VM runs again", |vm| {
+        vm.phase == "started" && vm.generation > web_before.generation
+    })?;
+    let again = lab.await_guest(1, web, BOOT)?;
+    ensure!(again.boot_id != stage.status.boot_id, "the HA VM was not ended");
+    stage.status = again;
+    stage.handover(1).map(drop)
+}
+
+/// Node 2 has lost its power a moment ago; nobody can know that yet.
+fn to_a_node_that_has_just_died(lab: &Lab, plain: &Guest, before: &Status) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let output = lab.ctl_output(1, &["vm", "migrate", &plain.name, "node2"])?;
+    println!("after {:?}, {}: {}", started.elapsed(), output.code, output.stderr.trim());
+    ensure!(output.code != 0, "a VM was moved to a node without power");
+    ensure!(output.stderr.contains("node2 does not answer"), "that is not why: {}", output.stderr);
+    ensure!(lab.owner(1, &plain.name)? == 1, "the VM has another owner");
+    lab.wait_vm(1, &plain.name, BOOT, "it is started, not migrating", |vm| vm.phase == "started")?;
+    let after = lab.await_guest(1, plain, BOOT)?;
+    ensure!(after.boot_id == before.boot_id, "the VM did not run on");
+    Ok(())
+}
+
+/// A write that is under way as the majority goes may have reached it: its outcome is unknown, and
+/// that is said in time. Once the leader has noticed, writes are refused before they begin.
+fn minority_refuses(lab: &Lab) -> anyhow::Result<()> {
+    let refused = |bridge: &str, words: &[&str]| -> anyhow::Result<i32> {
+        let started = Instant::now();
+        let output = lab.ctl_output(1, &["network", "create", bridge, "--bridge", bridge])?;
+        let took = started.elapsed();
+        println!("answered after {took:?} with {}: {}", output.code, output.stderr);
+        ensure!(output.code != 0, "a minority accepted a change");
+        ensure!(took < Duration::from_secs(5), "it took {took:?}");
+        let said = &output.stderr;
+        ensure!(words.iter().any(|word| said.contains(word)), "it does not say why: {said}");
+        Ok(output.code)
+    };
+    refused("early0", &["majority", "quorum", "outcome is unknown"])?;
+    wait_until(BOOT, "the node knows that there is no quorum", || {
+        let status = lab.ctl_json::<ClusterStatus>(1, &["cluster", "status"]);
+        Ok(status.is_ok_and(|status| !status.quorum))
+    })?;
+    let code = refused("late0", &["majority", "quorum"])?;
+    ensure!(code == 5, "the exit code for no quorum is 5, not {code}");
+    Ok(())
 }

@@ -1,8 +1,9 @@
 //! The lab proves itself, without any part of Holdfast: nodes, network, power, watchdog, disks.
 
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use tests::lab::{Lab, Options, wait_until};
+use tests::lab::{Lab, Options, assets, wait_until};
 
 #[test]
 fn nodes_network_power_watchdog_and_disks_are_real() -> anyhow::Result<()> {
@@ -42,7 +43,7 @@ fn nodes_network_power_watchdog_and_disks_are_real() -> anyhow::Result<()> {
     // A watchdog that nobody pets resets the node.
     let boot_id = |lab: &Lab| lab.exec(2, &["cat", "/proc/sys/kernel/random/boot_id"]);
     let before = boot_id(&lab)?;
-    lab.sh(2, "(setsid sh -c 'exec 3>/dev/watchdog; sleep 600' >/dev/null 2>&1 </dev/null &)")?;
+    lab.sh(2, "(setsid watchdog -F -T 5 -t 3600 /dev/watchdog >/dev/null 2>&1 </dev/null &)")?;
     wait_until(Duration::from_secs(120), "the watchdog resets node 2", || {
         Ok(boot_id(&lab).is_ok_and(|now| now != before))
     })?;
@@ -53,6 +54,7 @@ fn nodes_network_power_watchdog_and_disks_are_real() -> anyhow::Result<()> {
     lab.unfreeze(2)?;
     lab.wait_up(2, Duration::from_secs(30))?;
 
+    unknown_nodes_are_errors(&lab)?;
     lab.down()?;
     assert!(!folder.exists(), "the lab left {}", folder.display());
     Ok(())
@@ -74,5 +76,23 @@ fn plain_processes_form_a_cluster_and_say_what_they_lack() -> anyhow::Result<()>
     wait_until(Duration::from_secs(60), "two of three still have a quorum", || {
         Ok(status(&lab).is_ok())
     })?;
+    unknown_nodes_are_errors(&lab)?;
     lab.down()
+}
+
+/// `lab ssh` to a node that there is not says so; to one that there is, it gives its exit code on.
+fn unknown_nodes_are_errors(lab: &Lab) -> anyhow::Result<()> {
+    let ssh = |node: &str, code: &str| {
+        let mut command = Command::new(assets::program("lab")?);
+        command.arg("--dir").arg(lab.folder()).args(["ssh", node, "sh", "-c"]);
+        let command = command.arg(format!("exit {code}")).stdin(Stdio::null());
+        anyhow::Ok(command.output()?)
+    };
+    assert_eq!(ssh("1", "0")?.status.code(), Some(0));
+    assert_eq!(ssh("1", "7")?.status.code(), Some(7));
+    let unknown = ssh("9", "0")?;
+    let said = String::from_utf8_lossy(&unknown.stderr);
+    assert!(!unknown.status.success() && said.contains("no node 9"), "{unknown:?}");
+    assert!(lab.exec(9, &["true"]).is_err());
+    Ok(())
 }

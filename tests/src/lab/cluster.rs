@@ -1,115 +1,32 @@
 //! A Holdfast cluster in the lab, driven as a person drives it: with `clusterctl` in a node, its
 //! JSON read into the API's own types.
 
-use std::io::{Read, Seek, SeekFrom};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use proto::v1::{
-    ClusterStatus, CreateTokenResponse, HaStatus, ListTasksResponse, TaskProgress, Vm,
-};
+use anyhow::{Context, bail};
+use proto::v1::{ClusterStatus, CreateTokenResponse, HaStatus, Vm};
 use serde::de::DeserializeOwned;
 
 use super::exec::{ExecError, Output};
-use super::{Lab, assets, wait_until};
-use crate::guest::PORT;
-use crate::guest::client::{Status, TalkReport};
-use crate::guest::records::{self, Record};
+use super::{Lab, Options, assets, wait_until};
 
 /// The longest a command may take; a migration on emulated machines is the slowest.
-const LIMIT: Duration = Duration::from_secs(180);
+pub(super) const LIMIT: Duration = Duration::from_secs(180);
 /// Time that agents and the cluster get to come up or settle, on emulated machines.
-const SETTLE: Duration = Duration::from_secs(90);
+pub(super) const SETTLE: Duration = Duration::from_secs(90);
 /// Where the shared pool is in the nodes, and in the lab's shared folder.
-const POOL: &str = "pool";
-
-/// A guest of the lab: a stock kernel with the probe.
-#[derive(Debug, Clone)]
-pub struct Guest {
-    /// The VM's name.
-    pub name: String,
-    /// vCPUs.
-    pub cpus: u32,
-    /// Memory, MiB.
-    pub memory_mib: u32,
-    /// Whether it is started elsewhere when its node dies.
-    pub ha: bool,
-    /// The last octet of its address in 10.77.0.0/24, 100 to 250; `None`: no network.
-    pub host: Option<u8>,
-    /// Whether it has a disk for its records.
-    pub disk: bool,
-    /// Memory that it keeps checking, MiB.
-    pub checked_mib: u32,
-}
-
-impl Guest {
-    /// An HA guest with network, disk and a memory check of 64 MiB.
-    #[must_use]
-    pub fn new(name: &str, host: u8) -> Self {
-        Self {
-            name: name.to_owned(),
-            cpus: 1,
-            memory_mib: 256,
-            ha: true,
-            host: Some(host),
-            disk: true,
-            checked_mib: 64,
-        }
-    }
-
-    /// Where its probe answers.
-    #[must_use]
-    pub fn address(&self) -> String {
-        format!("10.77.0.{}:{PORT}", self.host.unwrap_or(0))
-    }
-
-    /// Its VM document.
-    #[must_use]
-    pub fn document(&self) -> String {
-        let Self { name, cpus, memory_mib, ha, .. } = self;
-        let mut cmdline =
-            format!("console=ttyS0 quiet panic=-1 probe.memory-mib={}", self.checked_mib);
-        let mut devices = String::new();
-        if let Some(host) = self.host {
-            cmdline.push_str(&format!(" guest.address=10.77.0.{host}/24"));
-            devices.push_str("[[nics]]\nnetwork = \"lan\"\n");
-        }
-        if self.disk {
-            devices
-                .push_str(&format!("[[disks]]\nimage = \"shared/{name}.raw\"\nsize = \"16MiB\"\n"));
-        }
-        format!(
-            "name = \"{name}\"\ncpus = {cpus}\nmemory = \"{memory_mib}MiB\"\n\
-             [boot]\nkernel = \"shared/vmlinuz\"\ninitrd = \"shared/guest.cpio\"\ncmdline = \"{cmdline}\"\n\
-             {devices}[ha]\nenabled = {ha}\n"
-        )
-    }
-}
-
-/// What `vm migrate -o json` prints, and the demo's figures repeat.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Migration {
-    /// From the request to the target's running and the source's end.
-    pub total_ms: u64,
-    /// How long the vCPUs stood still.
-    pub downtime_ms: u64,
-    /// Bytes on the wire.
-    pub bytes: u64,
-    /// Precopy rounds, the last one (stop-and-copy) included.
-    pub rounds: u64,
-}
+pub(super) const POOL: &str = "pool";
 
 impl Lab {
     /// A temporary lab with a formed cluster, ready for guests. Says each step on standard output.
     ///
     /// # Errors
     /// If a step fails.
-    pub fn cluster(nodes: u32) -> anyhow::Result<Self> {
+    pub fn cluster(options: &Options) -> anyhow::Result<Self> {
         let started = Instant::now();
         let mut say =
             move |text: &str| println!("[{:6.1} s] {text}", started.elapsed().as_secs_f64());
-        let lab = Self::up(&super::Options::temporary(nodes), &mut say)?;
+        let lab = Self::up(options, &mut say)?;
         lab.form_cluster(&mut say)?;
         lab.prepare_guests()?;
         say("the cluster is ready for guests");
@@ -249,173 +166,6 @@ impl Lab {
         Ok(())
     }
 
-    /// Creates and starts a guest; `node`: where, or the cluster chooses.
-    ///
-    /// # Errors
-    /// If it is refused.
-    pub fn create_guest(&self, asked: u32, guest: &Guest, node: Option<u32>) -> anyhow::Result<()> {
-        let file = format!("/tmp/{}.toml", guest.name);
-        let write = ["sh", "-c", "cat >\"$0\"", file.as_str()];
-        self.run(asked, &write, guest.document().as_bytes(), LIMIT).and_then(Output::ok)?;
-        let name = node.map(|number| format!("node{number}"));
-        let mut arguments = vec!["vm", "create", "-f", &file, "--start"];
-        if let Some(name) = &name {
-            arguments.extend(["--node", name]);
-        }
-        self.ctl(asked, &arguments).map(drop)
-    }
-
-    /// Waits, in a node, until a guest's probe answers; returns what it says.
-    ///
-    /// # Errors
-    /// If it does not answer in time.
-    pub fn await_guest(&self, from: u32, guest: &Guest, limit: Duration) -> anyhow::Result<Status> {
-        let seconds = limit.as_secs().to_string();
-        let address = guest.address();
-        let argv = ["lab-node", "await", "--seconds", &seconds, &address];
-        let answer =
-            self.run(from, &argv, b"", limit + Duration::from_secs(10)).and_then(Output::ok);
-        let answer = answer.with_context(|| format!("{} does not serve", guest.name))?;
-        serde_json::from_str(&answer).with_context(|| format!("{} answered {answer}", guest.name))
-    }
-
-    /// Moves a VM live.
-    ///
-    /// # Errors
-    /// If it fails, with what `clusterctl` said.
-    pub fn migrate(&self, asked: u32, vm: &str, target: u32) -> anyhow::Result<Migration> {
-        self.ctl_json(asked, &["vm", "migrate", vm, &format!("node{target}")])
-    }
-
-    /// The ids of the VM processes in a node.
-    ///
-    /// # Errors
-    /// If it does not answer.
-    pub fn vm_pids(&self, number: u32) -> anyhow::Result<Vec<String>> {
-        self.agent_processes(number, "vm")
-    }
-
-    /// The nodes in which a process of some VM runs.
-    ///
-    /// # Errors
-    /// If a node that is powered on does not answer.
-    pub fn vm_processes(&self) -> anyhow::Result<Vec<u32>> {
-        let mut found = Vec::new();
-        for number in self.numbers() {
-            if self.is_on(number)? {
-                found.extend(self.vm_pids(number)?.iter().map(|_| number));
-            }
-        }
-        Ok(found)
-    }
-
-    /// Waits until exactly one copy of the lab's only VM runs and serves, on its owner; returns what
-    /// its probe says.
-    ///
-    /// # Errors
-    /// If that does not come about, or two are seen.
-    pub fn wait_single_copy(&self, asked: u32, guest: &Guest) -> anyhow::Result<Status> {
-        let status = self.await_guest(asked, guest, Duration::from_secs(120))?;
-        wait_until(SETTLE, "one process of the VM is left, on its owner", || {
-            Ok(self
-                .owner(asked, &guest.name)
-                .is_ok_and(|owner| self.vm_processes().is_ok_and(|found| found == [owner])))
-        })?;
-        Ok(status)
-    }
-
-    /// Waits until a live migration of a VM has begun to send memory.
-    ///
-    /// # Errors
-    /// If none does.
-    pub fn wait_precopy(&self, asked: u32, vm: &str) -> anyhow::Result<()> {
-        wait_until(SETTLE, "the migration sends memory", || {
-            Ok(self.migration_progress(asked, vm)?.is_some_and(|progress| progress.done > 0))
-        })
-    }
-
-    /// How long a node's agent log is now, bytes; for [`Self::wait_log`].
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    pub fn log_length(&self, number: u32) -> anyhow::Result<u64> {
-        Ok(std::fs::metadata(self.agent_log(number))?.len())
-    }
-
-    fn agent_log(&self, number: u32) -> PathBuf {
-        self.folder().join(format!("{number}/agent.log"))
-    }
-
-    /// Waits until a node's agent has logged a text since its log had a length. The log reaches
-    /// this machine as it is written, so this is precise to milliseconds.
-    ///
-    /// # Errors
-    /// If it does not in time.
-    pub fn wait_log(&self, number: u32, since: u64, text: &str) -> anyhow::Result<()> {
-        let deadline = Instant::now() + LIMIT;
-        let mut log = std::fs::File::open(self.agent_log(number))?;
-        log.seek(SeekFrom::Start(since))?;
-        let mut seen = Vec::new();
-        loop {
-            log.read_to_end(&mut seen)?;
-            if String::from_utf8_lossy(&seen).contains(text) {
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "node{number} did not log `{text}`");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    /// How far a VM's live migration is; `None` if none runs.
-    ///
-    /// # Errors
-    /// If the node cannot say.
-    pub fn migration_progress(&self, asked: u32, vm: &str) -> anyhow::Result<Option<TaskProgress>> {
-        let tasks = self.ctl_json::<ListTasksResponse>(asked, &["task", "list"])?.tasks;
-        let running = tasks.into_iter().find(|task| {
-            task.subject == vm && task.kind.contains("migrate") && task.state == "running"
-        });
-        Ok(running.and_then(|task| task.progress))
-    }
-
-    /// Stops a VM and checks that the records on its disk are in order.
-    ///
-    /// # Errors
-    /// If they are not.
-    pub fn stop_and_check(&self, asked: u32, guest: &Guest) -> anyhow::Result<Vec<Record>> {
-        self.ctl(asked, &["vm", "stop", &guest.name])?;
-        let records = self.records(guest)?;
-        ensure!(!records.is_empty(), "{} has written nothing", guest.name);
-        Ok(records)
-    }
-
-    /// Starts a client in a node that does not stop talking to a guest.
-    ///
-    /// # Errors
-    /// If it does not start.
-    pub fn talk(&self, node: u32, guest: &Guest) -> anyhow::Result<Talk<'_>> {
-        let report = format!("/tmp/talk-{}.json", guest.name);
-        self.sh(
-            node,
-            &format!(
-                "rm -f {report}; setsid lab-node talk --report {report} {} >/dev/null 2>&1 </dev/null & echo $!",
-                guest.address()
-            ),
-        )
-        .map(|pid| Talk { lab: self, node, pid: pid.trim().to_owned(), report })
-    }
-
-    /// The records on a guest's disk, which must be in order. The guest should not run.
-    ///
-    /// # Errors
-    /// If a record is lost, doubled, or was written by two guests at once.
-    pub fn records(&self, guest: &Guest) -> anyhow::Result<Vec<Record>> {
-        let disk = self.shared().join(POOL).join(format!("{}.raw", guest.name));
-        let sectors =
-            records::read(&disk).with_context(|| format!("reading {}", disk.display()))?;
-        Ok(records::check(&sectors)?)
-    }
-
     /// Waits until a VM fulfils a condition; returns it and when that was.
     ///
     /// # Errors
@@ -428,16 +178,19 @@ impl Lab {
         what: &str,
         condition: impl Fn(&Vm) -> bool,
     ) -> anyhow::Result<(Vm, Instant)> {
-        let deadline = Instant::now() + limit;
-        loop {
+        let mut last = None;
+        let waited = wait_until(limit, what, || {
             let vm = self.vm(asked, name);
-            match vm {
-                Ok(vm) if condition(&vm) => return Ok((vm, Instant::now())),
-                last => {
-                    ensure!(Instant::now() < deadline, "waited {limit:?} in vain: {what}; {last:?}")
-                }
+            let fulfilled = vm.as_ref().is_ok_and(&condition);
+            last = Some((vm, Instant::now()));
+            Ok(fulfilled)
+        });
+        match (waited, last) {
+            (Ok(()), Some((vm, at))) => Ok((vm?, at)),
+            (waited, last) => {
+                waited.with_context(|| format!("the last that was seen: {last:?}"))?;
+                bail!("{name} was not looked at")
             }
-            std::thread::sleep(Duration::from_millis(50));
         }
     }
 }
@@ -445,37 +198,4 @@ impl Lab {
 /// The number in `nodeN`.
 fn node_number(name: &str) -> Option<u32> {
     name.strip_prefix("node")?.parse().ok()
-}
-
-/// A client that talks to a guest; see `lab-node talk`.
-#[derive(Debug)]
-pub struct Talk<'a> {
-    lab: &'a Lab,
-    node: u32,
-    pid: String,
-    report: String,
-}
-
-impl Talk<'_> {
-    /// What it has noticed so far (at most a second old).
-    ///
-    /// # Errors
-    /// If the node does not answer, or nothing was answered yet.
-    pub fn report(&self) -> anyhow::Result<TalkReport> {
-        Ok(serde_json::from_str(&self.lab.exec(self.node, &["cat", &self.report])?)?)
-    }
-
-    /// Ends it; what it noticed in all.
-    ///
-    /// # Errors
-    /// If the node does not answer.
-    pub fn finish(self) -> anyhow::Result<TalkReport> {
-        let pid = &self.pid;
-        // Its last report is written before it ends.
-        self.lab.sh(
-            self.node,
-            &format!("kill -TERM {pid}; while kill -0 {pid} 2>/dev/null; do usleep 20000; done"),
-        )?;
-        self.report()
-    }
 }

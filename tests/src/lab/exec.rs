@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 /// The port inside a node.
 pub const PORT: u16 = 7700;
+/// A node that has not started a program by then is down, hung or starting: its own network on the
+/// host takes connections all the same.
+const START_LIMIT: Duration = Duration::from_secs(10);
 /// Longest payload of a frame, bytes; more is a broken peer.
 const FRAME_MAX: u32 = 1 << 20;
 
@@ -157,7 +160,7 @@ pub fn start(
     stream.set_nodelay(true)?;
     let json = serde_json::to_vec(request).map_err(io::Error::from)?;
     Frame::Request(json).write(&mut stream)?;
-    stream.set_read_timeout(Some(limit))?;
+    stream.set_read_timeout(Some(limit.min(START_LIMIT)))?;
     match Frame::read(&mut stream)? {
         Frame::Started => {}
         Frame::Refused(why) => return Err(ExecError::Refused(why)),

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -76,11 +77,28 @@ fn stat(pid: i32) -> Option<(char, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
+/// Set once: this program is told to end, and starts nothing any more.
+static STOPPING: AtomicBool = AtomicBool::new(false);
+
+/// From now on no process is started and nothing is waited for.
+pub fn begin_stop() {
+    STOPPING.store(true, Ordering::SeqCst);
+}
+
+/// Whether [`begin_stop`] was called.
+#[must_use]
+pub fn is_stopping() -> bool {
+    STOPPING.load(Ordering::SeqCst)
+}
+
 /// Starts a process in its own session (a terminal's Ctrl-C does not reach it).
 ///
 /// # Errors
-/// If it cannot be started.
+/// If it cannot be started, or this program is ending.
 pub fn spawn(command: &mut Command, lifetime: Lifetime) -> io::Result<(Child, ProcessId)> {
+    if is_stopping() {
+        return Err(io::Error::new(io::ErrorKind::Interrupted, "the lab is being ended"));
+    }
     let parent = std::process::id();
     // SAFETY: between fork and exec only async-signal-safe calls are made: setsid, prctl, getppid.
     unsafe {

@@ -7,10 +7,12 @@
 //!        N/ data.raw  console.log  agent.log  qmp.sock
 //! ```
 
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::process::ProcessId;
@@ -117,4 +119,41 @@ pub fn cache() -> PathBuf {
         let home = || from("HOME").unwrap_or_else(|| "/root".into()).join(".cache");
         from("XDG_CACHE_HOME").unwrap_or_else(home).join("holdfast")
     })
+}
+
+/// Makes the folder ours: refuses a lab that runs, clears what a former one left.
+pub(super) fn claim(folder: &Path) -> anyhow::Result<Flock<File>> {
+    let busy = || format!("a lab runs in {} already: `lab down` ends it", folder.display());
+    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let lock = File::create(folder.join("lab.lock"))?;
+    let lock =
+        Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| anyhow::anyhow!(busy()))?;
+    if let Ok(old) = State::load(folder) {
+        ensure!(!old.processes().any(|process| process.is_alive()), busy());
+    }
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name() == "lab.lock" {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(lock)
+}
+
+/// Removes what temporary labs left whose process was killed; their nodes died with it.
+pub(super) fn sweep(labs: &Path) {
+    let Ok(entries) = std::fs::read_dir(labs) else { return };
+    for folder in entries.flatten().map(|entry| entry.path()) {
+        let Ok(lock) = File::open(folder.join("lab.lock")) else { continue };
+        let unused = Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok();
+        if unused && !State::load(&folder).is_ok_and(|old| old.processes().any(|p| p.is_alive())) {
+            // What cannot be removed now is tried again by the next lab.
+            let _ = std::fs::remove_dir_all(&folder);
+        }
+    }
 }

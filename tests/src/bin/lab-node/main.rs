@@ -1,6 +1,8 @@
 //! The lab's tools inside a node: `serve` runs programs for the host (see `tests::lab::exec`),
-//! `talk` keeps a TCP connection to a guest and reports what a client of that guest would notice.
+//! `talk` keeps a TCP connection to a guest and reports what a client of that guest would notice,
+//! `knock` calls at a port as somebody who does not belong there.
 
+mod knock;
 mod serve;
 mod talk;
 
@@ -17,6 +19,8 @@ enum Arguments {
     },
     /// Keeps talking to a guest; prints a JSON report at the end, or at SIGTERM or SIGINT.
     Talk(talk::Options),
+    /// Calls at a port as somebody who does not belong there; prints what came of it (JSON).
+    Knock(knock::Options),
     /// Waits until a guest's probe answers and prints what it says of itself (JSON).
     Await {
         /// The guest's probe, host:port.
@@ -31,6 +35,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse() {
         Arguments::Serve { token_file } => serve::serve(&token_file),
         Arguments::Talk(options) => talk::talk(&options),
+        Arguments::Knock(options) => knock::knock(&options),
         Arguments::Await { address, seconds } => talk::await_status(address, seconds),
     }
 }

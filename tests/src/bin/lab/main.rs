@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use tests::lab::process::Lifetime;
+use tests::lab::process::{self, Lifetime};
 use tests::lab::state::{Backend, State, default_folder};
 use tests::lab::{Lab, Options, switch};
 
@@ -123,6 +123,7 @@ enum Command {
 fn main() -> std::process::ExitCode {
     match run(Arguments::parse()) {
         Ok(code) => code,
+        Err(_) if process::is_stopping() => std::process::ExitCode::from(130),
         Err(error) => {
             eprintln!("lab: {error:#}");
             std::process::ExitCode::FAILURE
@@ -181,22 +182,21 @@ fn serve_switch(folder: &std::path::Path, nodes: u32) -> anyhow::Result<()> {
     runtime.block_on(switch::server::serve(folder, 1..=nodes)).context("the lab's switch")
 }
 
-/// At Ctrl-C or SIGTERM everything the lab in `folder` has started is ended and removed.
+/// At Ctrl-C or SIGTERM the nodes of the lab in `folder` are killed and no process is started any
+/// more: whatever the main thread does fails at once, and it takes the rest down on its way out.
 fn end_at_signal(folder: PathBuf) -> anyhow::Result<()> {
     use nix::sys::signal::{SigSet, Signal};
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block()?;
     std::thread::spawn(move || {
-        let signal = signals.wait();
-        eprintln!("\nlab: stopped by {signal:?}, taking everything down");
-        let ended = match State::load(&folder) {
-            Ok(_) => Lab::attach(&folder).and_then(Lab::down),
-            Err(_) => std::fs::remove_dir_all(&folder).context("removing the lab's folder"), // nothing ran yet
-        };
-        if let Err(error) = ended {
-            eprintln!("lab: {error:#}");
+        let Ok(signal) = signals.wait() else { return };
+        eprintln!("\nlab: stopped by {signal}, taking everything down");
+        process::begin_stop();
+        // Without a state nothing runs yet. What is started this very moment is in the main thread's
+        // books.
+        if let Ok(state) = State::load(&folder) {
+            state.processes().for_each(|process| process.signal(Signal::SIGKILL));
         }
-        std::process::exit(130);
     });
     Ok(())
 }

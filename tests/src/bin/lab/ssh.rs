@@ -19,6 +19,7 @@ pub(crate) fn ssh(lab: &Lab, node: u32, command: &[String]) -> anyhow::Result<Ex
     let argv: Vec<&str> =
         if command.is_empty() { &shell[..] } else { command }.iter().map(String::as_str).collect();
     let terminal = interactive.then(terminal_size);
+    lab.state().node(node)?;
     if lab.state().backend == Backend::Process {
         let status = loopback::command(lab.folder(), node, &argv)?.status()?;
         return Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)));

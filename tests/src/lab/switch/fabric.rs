@@ -18,6 +18,8 @@ pub struct Rules {
     pub cut: BTreeSet<(Port, Port)>,
     /// Milliseconds each frame to a port is held back.
     pub delay_ms: BTreeMap<Port, u64>,
+    /// Milliseconds each frame between two nodes is held back, smaller port first.
+    pub pair_delay_ms: BTreeSet<(Port, Port, u64)>,
     /// Bits per second that a port takes.
     pub rate_bits_s: BTreeMap<Port, u64>,
 }
@@ -28,11 +30,24 @@ impl Rules {
         self.cut.insert((a.min(b), a.max(b)));
     }
 
+    /// Holds all frames between two nodes back.
+    pub fn delay_pair(&mut self, a: Port, b: Port, delay_ms: u64) {
+        self.pair_delay_ms.insert((a.min(b), a.max(b), delay_ms));
+    }
+
     /// Cuts `port` off from all of `others`.
     pub fn isolate(&mut self, port: Port, others: impl IntoIterator<Item = Port>) {
         for other in others.into_iter().filter(|other| *other != port) {
             self.cut_pair(port, other);
         }
+    }
+
+    fn delay_us(&self, from: Port, to: Port) -> u64 {
+        let pair = (from.min(to), from.max(to));
+        let of_pair = self.pair_delay_ms.iter().filter(|(a, b, _)| (*a, *b) == pair);
+        let of_pair_ms = of_pair.map(|(_, _, delay_ms)| *delay_ms).max().unwrap_or(0);
+        let of_port_ms = self.delay_ms.get(&to).copied().unwrap_or(0);
+        of_pair_ms.saturating_add(of_port_ms).saturating_mul(1000)
     }
 
     fn lets_through(&self, from: Port, to: Port) -> bool {
@@ -92,12 +107,12 @@ impl Fabric {
             .collect();
         targets
             .into_iter()
-            .map(|to| Delivery { to, at_us: self.departure_us(to, frame.len(), now_us) })
+            .map(|to| Delivery { to, at_us: self.departure_us((from, to), frame.len(), now_us) })
             .collect()
     }
 
-    fn departure_us(&mut self, to: Port, length: usize, now_us: u64) -> u64 {
-        let delay_us = self.rules.delay_ms.get(&to).map_or(0, |ms| ms.saturating_mul(1000));
+    fn departure_us(&mut self, (from, to): (Port, Port), length: usize, now_us: u64) -> u64 {
+        let delay_us = self.rules.delay_us(from, to);
         let Some(rate) = self.rules.rate_bits_s.get(&to).filter(|rate| **rate > 0) else {
             return now_us.saturating_add(delay_us);
         };
@@ -153,6 +168,16 @@ mod tests {
         assert_eq!(at(fabric.handle_frame(1, &frame(9, 1), [2].into_iter(), 0)), 6_000);
         assert_eq!(at(fabric.handle_frame(1, &frame(9, 1), [2].into_iter(), 0)), 7_000);
         assert_eq!(at(fabric.handle_frame(1, &frame(9, 1), [2].into_iter(), 50_000)), 56_000);
+    }
+
+    #[test]
+    fn a_slow_link_is_slow_in_both_directions_and_slows_no_other() {
+        let mut fabric = Fabric::default();
+        fabric.rules.delay_pair(2, 1, 300);
+        let at = |deliveries: Vec<Delivery>| deliveries[0].at_us;
+        assert_eq!(at(fabric.handle_frame(1, &frame(9, 1), [2].into_iter(), 5)), 300_005);
+        assert_eq!(at(fabric.handle_frame(2, &frame(9, 2), [1].into_iter(), 5)), 300_005);
+        assert_eq!(at(fabric.handle_frame(3, &frame(9, 3), [1].into_iter(), 5)), 5);
     }
 
     #[test]

@@ -115,24 +115,48 @@ async fn read_frames(shared: &Shared, port: Port, reader: OwnedReadHalf) -> io::
     }
 }
 
+/// Writes each frame when it is due: one that is held back does not hold up those behind it.
 async fn write_frames(
     shared: Arc<Shared>,
     mut queued: mpsc::Receiver<Queued>,
     mut to: OwnedWriteHalf,
 ) {
-    while let Some((at_us, frame)) = queued.recv().await {
-        if at_us > shared.now_us() {
-            let at = shared.started + Duration::from_micros(at_us);
-            tokio::time::sleep_until(at.into()).await;
-        }
-        let Ok(length) = u32::try_from(frame.len()) else { continue };
-        let mut bytes = Vec::with_capacity(frame.len() + 4);
-        bytes.extend_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(&frame);
-        if to.write_all(&bytes).await.is_err() {
-            return;
+    let mut waiting: BTreeMap<(u64, u64), Arc<[u8]>> = BTreeMap::new();
+    for number in 0_u64.. {
+        let due = waiting.first_key_value().map(|((at_us, _), _)| *at_us);
+        let due = due.map(|at_us| (shared.started + Duration::from_micros(at_us)).into());
+        tokio::select! {
+            // What is due goes out first; a full house takes no more until then.
+            biased;
+            () = until(due) => {
+                let Some((_, frame)) = waiting.pop_first() else { continue };
+                if write_frame(&mut to, &frame).await.is_err() {
+                    return;
+                }
+            }
+            arrived = queued.recv(), if waiting.len() < QUEUE => {
+                let Some((at_us, frame)) = arrived else { return };
+                waiting.insert((at_us, number), frame);
+            }
         }
     }
+}
+
+/// Until a moment; for ever if there is none.
+async fn until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) if at <= tokio::time::Instant::now() => {}
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn write_frame(to: &mut OwnedWriteHalf, frame: &[u8]) -> io::Result<()> {
+    let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
+    let mut bytes = Vec::with_capacity(frame.len() + 4);
+    bytes.extend_from_slice(&length.to_be_bytes());
+    bytes.extend_from_slice(frame);
+    to.write_all(&bytes).await
 }
 
 async fn serve_control(shared: Arc<Shared>, stream: UnixStream) {

@@ -1,0 +1,117 @@
+//! Guests of several shapes on one node, and what holds their processes in.
+
+mod confinement;
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tests::lab::guest::Guest;
+use tests::lab::scenario::{Stage, play};
+use tests::lab::{Lab, Options};
+
+const BOOT: Duration = Duration::from_secs(240);
+
+#[test]
+fn guests_of_several_shapes_run_on_one_node() -> anyhow::Result<()> {
+    let lab = Lab::cluster(&Options::temporary(1))?;
+    let mut stage = OneNode { lab };
+    play(
+        &mut stage,
+        &[
+            ("guests with one and four CPUs, and the power button", one_and_four_cpus),
+            ("eight small VMs", eight_small_vms),
+            ("VM processes are confined", |stage| confinement::check(&stage.lab)),
+            ("a saved guest goes on where it stopped", a_saved_guest),
+        ],
+    )?;
+    stage.lab.down()
+}
+
+/// A node without VMs.
+struct OneNode {
+    lab: Lab,
+}
+
+impl Stage for OneNode {
+    fn check_whole(&mut self) -> anyhow::Result<()> {
+        self.lab.wait_healthy(1)?;
+        let left = self.lab.vm_pids(1)?;
+        ensure!(left.is_empty(), "VM processes are left: {left:?}");
+        Ok(())
+    }
+}
+
+fn one_and_four_cpus(stage: &mut OneNode) -> anyhow::Result<()> {
+    let OneNode { lab } = stage;
+    for cpus in [1, 4] {
+        let guest = Guest { cpus, ha: false, ..Guest::new(&format!("cpus{cpus}"), 100) };
+        lab.create_guest(1, &guest, None)?;
+        let seen = lab.await_guest(1, &guest, BOOT)?.cpus;
+        ensure!(seen == u64::from(cpus), "it sees {seen} CPUs of {cpus}");
+        lab.ctl(1, &["vm", "shutdown", &guest.name])?;
+        let phase = lab.vm(1, &guest.name)?.phase;
+        ensure!(phase == "stopped", "it is {phase}");
+        ensure!(!lab.records(&guest)?.is_empty(), "it has written nothing");
+        lab.ctl(1, &["vm", "delete", &guest.name])?;
+    }
+    Ok(())
+}
+
+fn eight_small_vms(stage: &mut OneNode) -> anyhow::Result<()> {
+    let OneNode { lab } = stage;
+    let small = |index: u8| Guest {
+        memory_mib: 96,
+        checked_mib: 8,
+        ha: false,
+        disk: false,
+        ..Guest::new(&format!("small{index}"), 120 + index)
+    };
+    for index in 0..8 {
+        lab.create_guest(1, &small(index), None)?;
+    }
+    let mut boots = std::collections::BTreeSet::new();
+    for index in 0..8 {
+        boots.insert(lab.await_guest(1, &small(index), BOOT)?.boot_id);
+    }
+    ensure!(boots.len() == 8, "some answer for others: {boots:?}");
+    ensure!(lab.vm_processes()?.len() == 8, "not a process each");
+    for index in 0..8 {
+        lab.ctl(1, &["vm", "stop", &small(index).name])?;
+        lab.ctl(1, &["vm", "delete", &small(index).name])?;
+    }
+    Ok(())
+}
+
+/// The VMM by itself, in a node: a stock guest is saved by one process and goes on in another.
+fn a_saved_guest(stage: &mut OneNode) -> anyhow::Result<()> {
+    let OneNode { lab } = stage;
+    let own = std::env::current_exe()?;
+    let boot = own.ancestors().nth(2).map(|release| release.join("examples/boot"));
+    let boot = boot.context("the test's own path has no folders")?;
+    std::fs::copy(&boot, lab.shared().join("boot"))
+        .with_context(|| format!("copying {}", boot.display()))?;
+    let run = |more: &str| {
+        let command = format!(
+            "cd /tmp && timeout 200 /shared/boot --kernel /shared/pool/vmlinuz \
+             --initrd /shared/pool/guest.cpio --cpus 2 --memory 160 \
+             --cmdline 'console=ttyS0 quiet panic=-1 probe.memory-mib=8 probe.count-ms=200' {more} </dev/null 2>&1"
+        );
+        lab.run(1, &["sh", "-c", &command], b"", BOOT)
+    };
+    let counts = |text: &str| -> Vec<u64> {
+        text.lines().filter_map(|line| line.trim().strip_prefix("COUNT ")?.parse().ok()).collect()
+    };
+    let saved = run("--save /tmp/saved --save-at 'COUNT 10'")?;
+    let first = counts(&saved.stdout);
+    let last = *first.last().with_context(|| format!("the guest did not count: {saved:?}"))?;
+    let restored = run("--restore /tmp/saved --power-button-at 'COUNT 30'")?;
+    let second = counts(&restored.stdout);
+    println!("counted to {last}, then {second:?}");
+    ensure!(restored.code == 0, "the restored guest did not shut down: {restored:?}");
+    ensure!(!restored.stdout.contains("Linux version"), "it booted again");
+    let next = *second.first().with_context(|| format!("it does not go on: {restored:?}"))?;
+    // A line that was in the serial port's queue may be printed by either.
+    ensure!(next == last + 1 || next == last, "it went on with {next} after {last}");
+    ensure!(second.windows(2).all(|pair| pair[1] == pair[0] + 1), "it lost count: {second:?}");
+    lab.sh(1, "rm /tmp/saved").map(drop)
+}
