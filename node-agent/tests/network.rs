@@ -16,7 +16,7 @@ use node_agent::supervisor::{Nic, Stop};
 /// Runs a test on a thread with its own network and its own view of /sys, which shows it.
 fn in_own_network<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: needs root to make a network namespace");
+        common::skip::this_test("needs root to make a network namespace");
         return;
     }
     let thread = std::thread::spawn(move || {

@@ -6,6 +6,14 @@ use std::io::Write;
 /// The environment variable that names the file.
 pub const FILE_VARIABLE: &str = "HOLDFAST_SKIPPED";
 
+/// Records that the calling test (libtest names its thread after it) did not run, and why.
+///
+/// # Panics
+/// As [`skip`].
+pub fn this_test(reason: &str) {
+    skip(std::thread::current().name().unwrap_or("a test without a name"), reason);
+}
+
 /// Records that `test` did not run, and why.
 ///
 /// # Panics

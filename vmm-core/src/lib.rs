@@ -18,3 +18,8 @@ pub mod pci;
 pub mod state;
 pub mod vcpu;
 pub mod virtio;
+
+#[cfg(test)]
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../tests/src/skip.rs"]
+mod skip;

@@ -2,6 +2,9 @@
 
 #[path = "flat/mod.rs"]
 mod flat;
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../tests/src/skip.rs"]
+mod skip;
 
 use std::collections::BTreeSet;
 use std::time::Duration;

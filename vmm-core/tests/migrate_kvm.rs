@@ -4,6 +4,10 @@
 //! hold what the last round left there, and gets the next value. A page that a migration lost or
 //! brought too early is found by the guest itself, on whichever side it runs then.
 
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../tests/src/skip.rs"]
+mod skip;
+
 use std::fs::File;
 use std::io::Write;
 use std::net::TcpListener;
@@ -187,22 +191,12 @@ fn move_on(kvm: &Kvm, source: &Machine, generation: u64) -> (Migrated, Ready<Mac
     })
 }
 
-/// Says that a test did not run here; the test script counts the lines of the file that it names.
-fn skip(test: &str, reason: &str) {
-    let line = format!("SKIPPED: {test}: {reason}\n");
-    print!("{line}");
-    if let Some(path) = std::env::var_os("HOLDFAST_SKIPPED") {
-        let mut file = File::options().append(true).create(true).open(path).unwrap();
-        file.write_all(line.as_bytes()).unwrap();
-    }
-}
-
 #[test]
 fn a_guest_that_checks_its_own_memory_moves_ten_times() {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
         Err(error) => {
-            skip("migrate_kvm", &format!("/dev/kvm can't be opened: {error}"));
+            skip::this_test(&format!("/dev/kvm cannot be opened: {error}"));
             return;
         }
     };

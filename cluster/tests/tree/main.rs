@@ -3,7 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[allow(unreachable_pub, reason = "it is the interface of another crate")]
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
 #[path = "../../../tests/src/skip.rs"]
 mod skip;
 

@@ -2,6 +2,10 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../../tests/src/skip.rs"]
+pub(crate) mod skip;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -23,7 +27,7 @@ pub(crate) fn lacks_kvm_or_root() -> bool {
     } else {
         return false;
     };
-    eprintln!("skipped: {reason}");
+    skip::this_test(reason);
     true
 }
 

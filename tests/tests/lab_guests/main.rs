@@ -2,6 +2,7 @@
 
 mod confinement;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -22,6 +23,7 @@ fn guests_of_several_shapes_run_on_one_node() -> anyhow::Result<()> {
             ("eight small VMs", eight_small_vms),
             ("VM processes are confined", |stage| confinement::check(&stage.lab)),
             ("a saved guest goes on where it stopped", a_saved_guest),
+            ("the VMM's own tests pass on a node's KVM", the_vmms_own_tests),
         ],
     )?;
     stage.lab.down()
@@ -114,4 +116,38 @@ fn a_saved_guest(stage: &mut OneNode) -> anyhow::Result<()> {
     ensure!(next == last + 1 || next == last, "it went on with {next} after {last}");
     ensure!(second.windows(2).all(|pair| pair[1] == pair[0] + 1), "it lost count: {second:?}");
     lab.sh(1, "rm /tmp/saved").map(drop)
+}
+
+/// What `vmm-core` tests on this host's `/dev/kvm`, if it has one, holds on a node's as well.
+fn the_vmms_own_tests(stage: &mut OneNode) -> anyhow::Result<()> {
+    let OneNode { lab } = stage;
+    for suite in ["machine", "migrate_kvm"] {
+        std::fs::copy(test_program(suite)?, lab.shared().join(suite))?;
+        let command = format!("cd /tmp && RUST_BACKTRACE=0 /shared/{suite} --test-threads 1 2>&1");
+        let output = lab.run(1, &["sh", "-c", &command], b"", BOOT)?;
+        println!("{}", output.stdout);
+        ensure!(output.code == 0, "{suite} failed");
+        // They say so where they find no KVM, and pass.
+        ensure!(!output.stdout.contains("SKIPPED"), "{suite} did not find the node's KVM");
+        ensure!(output.stdout.contains("test result: ok"), "{suite} ran no tests");
+    }
+    Ok(())
+}
+
+/// A test program of the workspace, which is built beside this one; the newest, where builds with
+/// other settings have left theirs.
+fn test_program(name: &str) -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let folder = own.parent().context("this program has no folder")?;
+    let mut found = Vec::new();
+    for entry in folder.read_dir()? {
+        let entry = entry?;
+        let file = entry.file_name();
+        let hash = file.to_str().and_then(|file| file.strip_prefix(name)?.strip_prefix('-'));
+        if hash.is_some_and(|hash| hash.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+            found.push((entry.metadata()?.modified()?, entry.path()));
+        }
+    }
+    let newest = found.into_iter().max();
+    Ok(newest.with_context(|| format!("{name} is not built in {}", folder.display()))?.1)
 }

@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn kvm_takes_routes_irqfds_and_doorbells() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+            crate::skip::this_test("no /dev/kvm");
             return;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn gsis_run_out_with_a_message() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no /dev/kvm");
+            crate::skip::this_test("no /dev/kvm");
             return;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
