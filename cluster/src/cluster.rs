@@ -6,7 +6,7 @@ use futures::Stream;
 use futures::stream::BoxStream;
 use proto::v1::enrolment_server::EnrolmentServer;
 use proto::v1::raft_server::RaftServer;
-use proto::{NodeId, Revision, keys, v1};
+use proto::{Name, NodeId, Revision, keys, v1};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -19,7 +19,7 @@ use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
     RangeResult, ReadAtError, Retention, StoreError, Txn, TxnOutcome, WatchBatch, WatchError,
-    membership, removal,
+    membership, removal, rename,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -50,10 +50,10 @@ impl Cluster {
     pub fn node_id(&self) -> NodeId {
         self.node.id()
     }
-    /// This node's name.
+    /// This node's name, and each new one.
     #[must_use]
-    pub fn node_name(&self) -> &str {
-        &self.node.identity().record.node_name
+    pub fn node_name(&self) -> watch::Receiver<String> {
+        self.node.label()
     }
     /// The cluster's id, which stands in every certificate.
     #[must_use]
@@ -240,6 +240,24 @@ impl Cluster {
     /// [`MembershipError`]
     pub async fn remove_node(&self, node: &str) -> Result<(), MembershipError> {
         removal::remove_node(&self.node, node).await
+    }
+    /// Has another voter lead: `to`, else the one whose log is furthest. The answer is who leads.
+    ///
+    /// # Errors
+    /// [`MembershipError`]; `Invalid` where `to` cannot lead, or nobody else can.
+    pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId, MembershipError> {
+        membership::transfer_leader(&self.node, to).await
+    }
+    /// Hands leadership over where this node leads, before a planned end; waits for it at most 2 s.
+    pub async fn hand_over(&self) {
+        self.node.hand_over().await;
+    }
+    /// Changes a node's name, which is only a label.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn rename_node(&self, node: NodeId, name: &Name) -> Result<(), MembershipError> {
+        rename::rename_node(&self.node, node, name).await
     }
     /// A client certificate for a PEM certificate request.
     ///

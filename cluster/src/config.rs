@@ -12,6 +12,14 @@ pub struct ClusterConfig {
     pub api_address: String,
     /// `host:port` of the enrolment listener (server-authenticated TLS).
     pub enrol_address: String,
+    /// What fails together with this node (a rack, a room): voters are spread over zones. Empty:
+    /// nothing else.
+    pub zone: String,
+    /// This node is here to vote: it gets a vote before others, and leads only where nobody else
+    /// can.
+    pub witness: bool,
+    /// A voter that the leader has not heard for so long gives its vote to a learner.
+    pub voter_patience: Duration,
     /// Raft's timings.
     pub timings: RaftTimings,
     /// How long a read or write may look for a quorum before it is refused.
@@ -34,6 +42,9 @@ impl ClusterConfig {
             data_dir,
             api_address,
             enrol_address,
+            zone: String::new(),
+            witness: false,
+            voter_patience: Duration::from_secs(30),
             timings: RaftTimings::default(),
             request_timeout: Duration::from_secs(5),
             min_free_bytes: 32 << 20,

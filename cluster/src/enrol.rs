@@ -36,6 +36,8 @@ pub(crate) async fn enrol(
             api_address: config.api_address.clone(),
             enrol_address: config.enrol_address.clone(),
             now_unix_s: unix_now_s(),
+            zone: config.zone.clone(),
+            witness: config.witness,
         };
         match ask(&token, address, request).await {
             Ok(answer) => return identity(&token, name, key_pem, answer),
@@ -71,7 +73,8 @@ async fn ask(token: &Token, address: &str, request: EnrolRequest) -> Result<Enro
             Failed::Here(error.to_string())
         });
     }
-    let mut client = EnrolmentClient::new(channel(tls, address.to_owned(), expect));
+    let there = address.to_owned();
+    let mut client = EnrolmentClient::new(channel(tls, move || there.clone(), expect));
     match client.enrol(request).await {
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) => Err(match status.code() {

@@ -27,12 +27,14 @@ mod membership;
 mod node;
 mod open;
 mod removal;
+mod rename;
 mod service;
 mod status;
 mod storage;
 pub mod tls;
 pub mod tree;
 mod types;
+mod voters;
 
 pub use cluster::Cluster;
 pub use config::{ClusterConfig, RaftTimings, Retention};

@@ -141,6 +141,9 @@ pub(crate) async fn enrol(
             return Err(Status::invalid_argument(text));
         }
     }
+    if !request.zone.is_empty() && request.zone.parse::<Name>().is_err() {
+        return Err(Status::invalid_argument("the zone is not a valid name"));
+    }
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     let id = admit(node, &request, &name, &key_hash).await?;
@@ -153,6 +156,8 @@ pub(crate) async fn enrol(
         name: name.to_string(),
         api_address: request.api_address,
         enrol_address: request.enrol_address,
+        zone: request.zone,
+        witness: request.witness,
     };
     let add = Forward::AddLearner { id: id.0, node: member };
     let deadline = Instant::now() + node.config().request_timeout;
@@ -243,6 +248,37 @@ async fn admit(
         }
     }
     Err(Status::aborted("many nodes are joining at once; try again"))
+}
+
+/// Has another voter lead.
+pub(crate) async fn transfer_leader(
+    node: &Node,
+    to: Option<NodeId>,
+) -> Result<NodeId, MembershipError> {
+    let limit = node.config().request_timeout;
+    let until = Instant::now() + limit;
+    let mut from = node.metrics().current_leader.unwrap_or(0);
+    for _ in 0..3 {
+        let asked = Forward::Transfer { from, to: to.map(|to| to.0) };
+        let leader = match node.ask_leader(asked, until).await {
+            Ok(Forwarded::Leader(leader)) => leader,
+            Ok(Forwarded::Refused(why)) => {
+                let text = format!("leadership stays where it is: {why}");
+                return Err(MembershipError::Invalid(text));
+            }
+            Err(StoreError::UnknownOutcome { .. }) => return Err(MembershipError::Timeout(limit)),
+            Ok(other) => {
+                return Err(StoreError::UnknownOutcome { why: format!("{other:?}") }.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        // Nothing is done where this node was wrong about who leads: now it knows.
+        if to.map_or(from != 0 && leader != from, |to| to.0 == leader) {
+            return Ok(NodeId(leader));
+        }
+        from = leader;
+    }
+    Err(MembershipError::Timeout(limit))
 }
 
 /// What `cluster status` shows.

@@ -102,11 +102,7 @@ impl Uninitialized {
     }
 
     async fn first_records(&self, node: &Node, ca: &Ca, name: &Name) -> Result<(), InitError> {
-        let member = MemberNode {
-            name: name.to_string(),
-            api_address: self.config.api_address.clone(),
-            enrol_address: self.config.enrol_address.clone(),
-        };
+        let member = MemberNode::of(name.as_str(), &self.config);
         lead::initialize(node.raft(), 1, member)
             .await
             .map_err(|why| InitError::Store(StoreError::Failed { why }))?;

@@ -219,6 +219,10 @@ pub struct Member {
     pub enrol_address: String,
     /// Counts for quorum.
     pub voter: bool,
+    /// What fails together with it; empty: nothing else.
+    pub zone: String,
+    /// Here to vote, runs no VMs.
+    pub witness: bool,
 }
 
 /// Whether this node leads, and since when.
@@ -264,6 +268,8 @@ impl From<Member> for v1::Member {
             api_address: member.api_address,
             enrol_address: member.enrol_address,
             voter: member.voter,
+            zone: member.zone,
+            witness: member.witness,
         }
     }
 }

@@ -185,6 +185,7 @@ async fn clients(one: &Lab, (mine, ca): (Papers, String), foreign: Papers) -> Ou
         api_address: "127.0.0.1:1".to_owned(),
         enrol_address: "127.0.0.1:2".to_owned(),
         now_unix_s: now - 3600,
+        ..v1::EnrolRequest::default()
     };
     let mut stranger = EnrolmentClient::new(dial(&enrol, &ca, &any, None)?);
     let late = stranger.enrol(request.clone()).await.err().ok_or("let in")?;

@@ -34,6 +34,9 @@ pub enum Denied {
     /// `node drain` is in force.
     #[error("the node is draining or in maintenance; `clusterctl node resume` ends that")]
     Draining,
+    /// It is there to vote.
+    #[error("the node is a witness and runs no VMs")]
+    Witness,
     /// Not enough memory is left.
     #[error("the node has not enough free memory")]
     Full,
@@ -139,6 +142,9 @@ impl Placer<'_> {
             NodeState::Unknown => return Err(Denied::Unknown),
             NodeState::Fencing | NodeState::Fenced => return Err(Denied::Dead),
             NodeState::Gone => return Err(Denied::NoSuchNode),
+        }
+        if view.record.witness {
+            return Err(Denied::Witness);
         }
         if wanted.bound_to.is_some_and(|bound_to| bound_to != node) {
             return Err(Denied::NotShared);

@@ -219,6 +219,19 @@ fn what_runs_nowhere_leaves_a_drained_node_that_is_gone() {
 }
 
 #[test]
+fn a_witness_runs_no_vms() {
+    let cluster = Cluster::new(
+        "node1 dead fenced\nnode2 alive 255MiB\nnode3 alive witness
+         vm a on node1 recovering ha",
+    );
+    let full = "node2: the node has not enough free memory";
+    let witness = "node3: the node is a witness and runs no VMs";
+    let action = cluster.actions().remove(0);
+    assert!(action.starts_with("unplaceable a"), "{action}");
+    assert!(action.contains(full) && action.contains(witness), "{action}");
+}
+
+#[test]
 fn a_failed_migration_of_a_drain_backs_off() {
     let mut cluster = Cluster::new("node1 alive drained\nnode2 alive\nvm a on node1 started");
     let attempts = Attempts { failures: 2, last_ms: 1_000 };

@@ -15,10 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError, Uninitialized};
+use cluster::{
+    Cluster, ClusterConfig, Consistency, OpenError, Opened, RaftTimings, StoreError, Uninitialized,
+};
 use ha_manager::Timing;
-use proto::Name;
+use proto::record::NodeRecord;
 use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
+use proto::{Name, keys};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -205,7 +208,7 @@ impl Agent {
         let config = self.config.clone();
         let timing = Timing::new(config.timing.lease_ms)?;
         let id = cluster.node_id();
-        let name: Name = cluster.node_name().parse()?;
+        let name: Name = cluster.node_name().borrow().parse()?;
         let (supervisor, exits) = Supervisor::new(supervisor_config(&config))?;
         let adopted = supervisor.adopt_all()?;
         tracing::info!(node = %name, id = %id, adopted = adopted.len(), "member of `{}`", cluster.cluster_name());
@@ -213,7 +216,7 @@ impl Agent {
         let tasks = TaskStore::open(id, name.clone(), config.data_dir.join("tasks"))?;
         let node = Arc::new(Node {
             id,
-            name,
+            first_name: name,
             store: Store::new(cluster.clone()),
             board: Board::default(),
             supervisor,
@@ -240,6 +243,7 @@ impl Agent {
         self.background(reconcile::run(node.clone(), exits));
         self.background(ha::run(node.clone()));
         self.background(keep_record(node.clone()));
+        self.background(lead_elsewhere(node.clone()));
         self.background(self.clone().watch_member(node.clone(), cluster));
         let thread = lease::spawn(node, watchdog, stop.clone())?;
         self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
@@ -288,6 +292,10 @@ impl Agent {
 
     /// Ends the agent and leaves the VMs running.
     pub async fn end(&self) {
+        // Before the listeners go: the next leader needs this node's vote, where there are only two.
+        if let Some(node) = self.node() {
+            node.cluster().hand_over().await;
+        }
         self.stop.cancel();
         if let Some(node) = self.slot.swap(None) {
             let shutdown = node.cluster().shutdown();
@@ -425,6 +433,9 @@ fn cluster_config(config: &Config) -> ClusterConfig {
             election_max_ms: timing.election_max_ms,
         },
         request_timeout: Duration::from_millis(timing.quorum_wait_ms),
+        zone: config.node.zone.clone(),
+        witness: config.node.witness,
+        voter_patience: timing.lease() * 3,
         ..ClusterConfig::new(config.data_dir.clone(), api, enrol)
     }
 }
@@ -444,6 +455,10 @@ fn supervisor_config(config: &Config) -> SupervisorConfig {
 }
 
 fn open_watchdog(config: &Config, timing: Timing) -> Option<Watchdog> {
+    // A watchdog guards what runs here.
+    if config.node.witness {
+        return None;
+    }
     let device = match &config.watchdog {
         WatchdogChoice::None => return None,
         WatchdogChoice::Auto => None,
@@ -466,6 +481,9 @@ fn open_watchdog(config: &Config, timing: Timing) -> Option<Watchdog> {
 }
 
 fn look_at_hardware(config: &Config, watchdog: Option<&Watchdog>) -> Hardware {
+    if config.node.witness {
+        return Hardware { cpus: hardware::cpus(), kvm: "none".to_owned(), ..Hardware::default() };
+    }
     let reserve = config.reserve_memory_mib << 20;
     Hardware {
         cpus: hardware::cpus(),
@@ -476,9 +494,12 @@ fn look_at_hardware(config: &Config, watchdog: Option<&Watchdog>) -> Hardware {
     }
 }
 
-/// Writes this node's record when it comes up, and again whenever it is not as it should be.
+/// Writes this node's record when it comes up, under a new name at once, and again whenever it is
+/// not as it should be.
 async fn keep_record(node: Arc<Node>) {
+    let mut name = node.cluster().node_name();
     loop {
+        node.tasks.rename(node.name());
         let written =
             node.store.update_node(node.id, |present| Some(node.record(present.as_ref())));
         let wait = match written.await {
@@ -488,7 +509,25 @@ async fn keep_record(node: Arc<Node>) {
                 Duration::from_millis(500)
             }
         };
-        tokio::time::sleep(wait).await;
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            renamed = name.changed() => if renamed.is_err() { return },
+        }
+    }
+}
+
+/// A drained node leaves the lead to others: it is about to be stopped.
+async fn lead_elsewhere(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        if node.cluster().leader() != Some(node.id) {
+            continue;
+        }
+        let key = keys::node(node.id);
+        let record = node.store.record::<NodeRecord>(&key, Consistency::Stale).await;
+        if record.ok().flatten().is_some_and(|record| record.value.maintenance) {
+            node.cluster().hand_over().await;
+        }
     }
 }
 

@@ -47,10 +47,22 @@ pub struct Config {
     pub vm_program: Option<PathBuf>,
     /// The mounted tree.
     pub tree: Tree,
+    /// What this node is to the cluster.
+    pub node: NodeRole,
     /// Timings.
     pub timing: Timing,
     /// What is logged.
     pub log: Log,
+}
+
+/// What a node is to its cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeRole {
+    /// What fails together with it (a rack, a room): voters are spread over zones. Empty: nothing.
+    pub zone: String,
+    /// Here to vote: no KVM, no watchdog, no VMs.
+    pub witness: bool,
 }
 
 /// Which watchdog is used.
@@ -176,6 +188,7 @@ impl Default for Config {
             reserve_memory_mib: 128,
             vm_program: None,
             tree: Tree::default(),
+            node: NodeRole::default(),
             timing: Timing::default(),
             log: Log::default(),
         }
@@ -224,6 +237,12 @@ pub struct Flags {
     /// First user id for VM processes
     #[arg(long, value_name = "UID")]
     pub uid_base: Option<u32>,
+    /// What fails together with this node: voters are spread over zones
+    #[arg(long, value_name = "ZONE")]
+    pub zone: Option<String>,
+    /// Only vote: no KVM, no VMs
+    #[arg(long)]
+    pub witness: bool,
     /// The node lease in milliseconds
     #[arg(long, value_name = "MS")]
     pub lease_ms: Option<u64>,
@@ -306,6 +325,8 @@ impl Config {
         }
         self.allow_ha_without_watchdog |= flags.allow_ha_without_watchdog;
         set(&mut self.uid_base, flags.uid_base.as_ref());
+        set(&mut self.node.zone, flags.zone.as_ref());
+        self.node.witness |= flags.witness;
         set(&mut self.timing.lease_ms, flags.lease_ms.as_ref());
         self.log.json |= flags.log_json;
         Ok(())
@@ -347,6 +368,10 @@ impl Config {
                 "tree.mount = \"{}\" is refused: give an absolute path, or \"off\"",
                 path.display()
             ));
+        }
+        if !self.node.zone.is_empty() {
+            let zone = self.node.zone.parse::<Name>();
+            zone.map_err(|e| ConfigError::Value(format!("node.zone: {e}")))?;
         }
         if self.uid_base < 1000 {
             return refuse(format!("uid_base = {} is refused: give 1000 or more", self.uid_base));
@@ -458,6 +483,7 @@ mod tests {
             migration_address: Some("192.0.2.1".into()),
             socket: Some("/run/holdfast/agent.sock".into()),
             vm_program: Some("/usr/bin/node-agent".into()),
+            node: NodeRole { zone: "rack1".into(), witness: false },
             ..Config::default()
         };
         assert_eq!(shown, expected);
@@ -489,6 +515,7 @@ mod tests {
             ("advertise = \"host\"", "host:port"),
             ("uid_base = 0", "uid_base"),
             ("[tree]\nmount = \"here\"", "an absolute path, or \"off\""),
+            ("[node]\nzone = \"Rack 1\"", "node.zone"),
         ] {
             std::fs::write(&path, text).unwrap();
             let flags = Flags { config: Some(path.clone()), ..Flags::default() };

@@ -27,8 +27,8 @@ pub struct Node {
     pub config: Arc<Config>,
     /// This node's id for life.
     pub id: NodeId,
-    /// The label people see.
-    pub name: Name,
+    /// The name it came up with.
+    pub first_name: Name,
     /// Typed access to the replicated configuration.
     pub store: Store,
     /// The placements as this node has applied them.
@@ -83,6 +83,14 @@ impl Node {
         !self.hardware.watchdog.is_empty() || self.config.allow_ha_without_watchdog
     }
 
+    /// The label people see; it can change.
+    #[must_use]
+    pub fn name(&self) -> Name {
+        let label = self.cluster().node_name().borrow().parse();
+        // The cluster takes names only that are names.
+        label.unwrap_or_else(|_| self.first_name.clone())
+    }
+
     /// What this node says of itself with each heartbeat.
     #[must_use]
     pub fn report(&self) -> NodeReport {
@@ -110,7 +118,7 @@ impl Node {
     pub fn record(&self, present: Option<&NodeRecord>) -> NodeRecord {
         NodeRecord {
             node_id: self.id,
-            name: self.name.clone(),
+            name: self.name(),
             api_address: self.config.advertised_api(),
             cpus: self.hardware.cpus,
             memory_bytes: self.hardware.memory_bytes,
@@ -119,6 +127,8 @@ impl Node {
             watchdog: self.hardware.watchdog.clone(),
             kvm: self.hardware.kvm.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            zone: self.config.node.zone.clone(),
+            witness: self.config.node.witness,
         }
     }
 

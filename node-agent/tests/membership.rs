@@ -8,7 +8,9 @@ use proto::record::{Placement, RemovalRecord, RemovalState};
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::vms_client::VmsClient;
-use proto::v1::{CreateVmRequest, DrainNodeRequest, RemoveNodeRequest};
+use proto::v1::{
+    CreateVmRequest, DrainNodeRequest, RemoveNodeRequest, RenameNodeRequest, TransferLeaderRequest,
+};
 use proto::{NodeId, keys};
 use rig::Rig;
 use tempfile::TempDir;
@@ -157,4 +159,39 @@ async fn a_removal_that_was_interrupted_gives_the_node_nothing_and_is_repeated()
     assert!(back.agent.node().unwrap().id > id);
     rigs[0].agent.end().await;
     back.agent.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renamed_node_is_called_so_everywhere_and_leadership_leaves_a_drained_one() {
+    let (_dirs, rigs) = cluster(2).await;
+    let mut nodes = NodesClient::new(rigs[0].channel.clone());
+    let rename =
+        |node: &str, name: &str| RenameNodeRequest { node: node.into(), name: name.into() };
+    let refused = nodes.rename(rename("n2", "n1")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    let renamed = nodes.rename(rename("n2", "two")).await.unwrap().into_inner();
+    assert_eq!((renamed.node_id, renamed.name.as_str()), (2, "two"));
+    create_on(&rigs[0], "two", document("web", "shared")).await;
+    assert_eq!(rigs[1].vm("web").await.node, "two");
+    let node = rigs[1].agent.node().unwrap();
+    assert_eq!(node.name().as_str(), "two");
+    let records = node.store.nodes(cluster::Consistency::Linearizable).await.unwrap();
+    assert_eq!(records[&node.id].value.name.as_str(), "two");
+
+    let mut membership = MembershipClient::new(rigs[0].channel.clone());
+    let to = TransferLeaderRequest { node: "two".into() };
+    // A vote is given once the node has kept up for a while.
+    let begin = Instant::now();
+    while let Err(status) = membership.transfer_leader(to.clone()).await {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{status}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(node.cluster().leader(), Some(node.id));
+    let task = nodes.drain(DrainNodeRequest { node: "two".into() }).await.unwrap().into_inner();
+    rigs[0].done(task).await;
+    assert_eq!(rigs[0].agent.node().unwrap().cluster().leader(), Some(NodeId(1)));
+    assert_eq!(rigs[1].vm("web").await.node, "n1");
+    for rig in rigs {
+        rig.agent.end().await;
+    }
 }

@@ -138,6 +138,12 @@ pub struct NodeRecord {
     /// The agent's version.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub version: String,
+    /// What fails together with it; empty: nothing else.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub zone: String,
+    /// Here to vote: it runs no VMs.
+    #[serde(default)]
+    pub witness: bool,
 }
 
 /// One answer of the CPUID instruction.

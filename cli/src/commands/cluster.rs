@@ -39,6 +39,15 @@ pub(crate) enum Command {
         after_help = "Examples:\n  clusterctl cluster status\n  clusterctl cluster status -o json"
     )]
     Status,
+    /// Have another node lead: the one that is named, else the one that is furthest
+    #[command(
+        after_help = "Examples:\n  clusterctl cluster transfer-leader\n  clusterctl cluster transfer-leader node2"
+    )]
+    TransferLeader {
+        /// The node; any voter where absent
+        #[arg(default_value = "", hide_default_value = true)]
+        node: String,
+    },
     /// Remove a node that owns no VMs; drain it first
     #[command(
         after_help = "Examples:\n  clusterctl node drain node3 && clusterctl cluster remove node3"
@@ -97,6 +106,11 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let status = client.status(v1::ClusterStatusRequest {});
             let status = session.call("see the cluster's status", status).await?;
             output::print(format, &status, status_table)
+        }
+        Command::TransferLeader { node } => {
+            let moved = client.transfer_leader(v1::TransferLeaderRequest { node });
+            let moved = session.call("move leadership", moved).await?;
+            output::print(format, &moved, |moved| format!("{} leads", moved.leader))
         }
         Command::Remove { node } => {
             let request = v1::RemoveNodeRequest { node: node.clone() };

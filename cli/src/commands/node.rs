@@ -38,6 +38,14 @@ pub(crate) enum Command {
         #[arg(long)]
         yes_it_is_off: bool,
     },
+    /// Give a node another name; nothing is restarted
+    #[command(after_help = "Examples:\n  clusterctl node rename node1 rack1-a")]
+    Rename {
+        /// The node
+        node: String,
+        /// Its new name
+        name: String,
+    },
     /// End `drain`: the node takes VMs again
     #[command(after_help = "Examples:\n  clusterctl node resume node1")]
     Resume {
@@ -69,6 +77,12 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let request = v1::FenceNodeRequest { node, machine_is_off: yes_it_is_off };
             let done = session.call(&what, client.fence(request)).await?;
             output::print(format, &done, |done| released_table(&done.vms))
+        }
+        Command::Rename { node, name } => {
+            let what = format!("rename node {node}");
+            let request = v1::RenameNodeRequest { node, name };
+            let node = session.call(&what, client.rename(request)).await?;
+            output::print(format, &node, node_table)
         }
         Command::Resume { node } => {
             let what = format!("resume node {node}");

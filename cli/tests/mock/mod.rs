@@ -292,6 +292,12 @@ impl v1::membership_server::Membership for Agent {
     ) -> Answer<v1::RemoveNodeResponse> {
         Ok(Response::new(v1::RemoveNodeResponse::default()))
     }
+    async fn transfer_leader(
+        &self,
+        _: Request<v1::TransferLeaderRequest>,
+    ) -> Answer<v1::TransferLeaderResponse> {
+        Ok(Response::new(v1::TransferLeaderResponse::default()))
+    }
     async fn issue_client(
         &self,
         _: Request<v1::IssueClientRequest>,

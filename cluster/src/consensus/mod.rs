@@ -3,6 +3,7 @@
 //! [`log_store`](LogStore) and [`state`](StateMachine) keep Raft's data in the database,
 //! [`network`](Network) sends its messages, [`start`] puts them together.
 
+pub(crate) mod change;
 pub(crate) mod lead;
 mod log_store;
 mod network;
@@ -15,6 +16,7 @@ mod types;
 #[cfg(test)]
 mod suite_tests;
 
+pub(crate) use change::Seen;
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
 pub(crate) use network::{Network, Peers, REMOVED, ask};

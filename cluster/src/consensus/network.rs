@@ -37,35 +37,49 @@ use crate::tls::channel;
 pub(super) const MESSAGE_MAX: usize = 64 << 20;
 const CHUNK: usize = 1 << 20;
 
-/// Channels to the other members, each pinned to one node's certificate.
+/// Channels to the other members, each pinned to one node's certificate. Where a node is may
+/// change: each new connection goes where it is known to be then.
 #[derive(Debug)]
 pub(crate) struct Peers {
     tls: Arc<rustls::ClientConfig>,
     cluster_id: String,
-    shared: Mutex<HashMap<(u64, String), Channel>>,
+    addresses: Arc<Mutex<HashMap<u64, String>>>,
+    shared: Mutex<HashMap<u64, Channel>>,
 }
 
 impl Peers {
     pub(crate) fn new(tls: Arc<rustls::ClientConfig>, cluster_id: String) -> Self {
-        Self { tls, cluster_id, shared: Mutex::new(HashMap::new()) }
+        Self { tls, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
+    }
+
+    /// A node is reached here from now on.
+    pub(crate) fn note(&self, node: u64, address: &str) {
+        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        if addresses.get(&node).is_none_or(|known| known != address) {
+            addresses.insert(node, address.to_owned());
+        }
     }
 
     /// A connection of its own.
-    pub(crate) fn dedicated(&self, node: u64, address: &str) -> Option<Channel> {
+    pub(crate) fn dedicated(&self, node: u64) -> Option<Channel> {
         let expect = node_host(&self.cluster_id, NodeId(node))?;
-        Some(channel(self.tls.clone(), address.to_owned(), expect))
+        let addresses = self.addresses.clone();
+        let address = move || {
+            let addresses = addresses.lock().unwrap_or_else(PoisonError::into_inner);
+            addresses.get(&node).cloned().unwrap_or_default()
+        };
+        Some(channel(self.tls.clone(), address, expect))
     }
 
     /// The connection that all callers share.
     pub(crate) fn shared(&self, node: u64, address: &str) -> Option<Channel> {
+        self.note(node, address);
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (node, address.to_owned());
-        if let Some(channel) = shared.get(&key) {
+        if let Some(channel) = shared.get(&node) {
             return Some(channel.clone());
         }
-        let channel = self.dedicated(node, address)?;
-        shared.retain(|(id, _), _| *id != node);
-        shared.insert(key, channel.clone());
+        let channel = self.dedicated(node)?;
+        shared.insert(node, channel.clone());
         Some(channel)
     }
 }
@@ -136,8 +150,9 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Link;
 
     async fn new_client(&mut self, target: u64, node: &MemberNode) -> Link {
+        self.peers.note(target, &node.api_address);
         Link {
-            client: self.peers.dedicated(target, &node.api_address).map(raft_client),
+            client: self.peers.dedicated(target).map(raft_client),
             append_limit: self.append_limit,
             removed: self.removed.clone(),
         }

@@ -34,6 +34,12 @@ pub(crate) enum Forward {
     Remove { id: u64 },
     /// How the others are doing.
     Progress,
+    /// Hand leadership over, if `from` leads.
+    Transfer { from: u64, to: Option<u64> },
+    /// What the asking node says of itself (all but its name) goes into the membership.
+    Describe { id: u64, node: MemberNode },
+    /// Change the label that people see.
+    Rename { id: u64, name: String },
 }
 
 /// What the leader answers.
@@ -61,6 +67,10 @@ pub(crate) enum Forwarded {
     LastNode,
     /// Lag (log entries) and milliseconds since the last contact, by node.
     Progress(Vec<(u64, Option<u64>, Option<u64>)>),
+    /// Who leads now.
+    Leader(u64),
+    /// Not done, and trying again will not help: why.
+    Refused(String),
 }
 
 /// Serves Raft's messages.
@@ -209,8 +219,13 @@ impl RaftApi for RaftService {
         &self,
         request: Request<RaftMessage>,
     ) -> Result<Response<RaftMessage>, Status> {
-        self.admit(&request)?;
+        let from = self.admit(&request)?;
         let asked = from_message(request.get_ref())?;
+        if let Forward::Describe { id, .. } = &asked
+            && *id != from.0
+        {
+            return Err(Status::permission_denied("a node describes itself only"));
+        }
         // Less than the asking member waits: it is to hear what became of it.
         let limit = self.node.config().request_timeout / 2;
         Ok(Response::new(to_message(&self.node.lead(asked, limit).await)?))

@@ -14,6 +14,23 @@ pub(crate) struct MemberNode {
     pub(crate) api_address: String,
     /// `host:port` of its enrolment listener.
     pub(crate) enrol_address: String,
+    /// What fails together with it; empty: nothing else.
+    pub(crate) zone: String,
+    /// Here to vote, runs no VMs.
+    pub(crate) witness: bool,
+}
+
+impl MemberNode {
+    /// What a member says of itself.
+    pub(crate) fn of(name: &str, config: &crate::ClusterConfig) -> Self {
+        Self {
+            name: name.to_owned(),
+            api_address: config.api_address.clone(),
+            enrol_address: config.enrol_address.clone(),
+            zone: config.zone.clone(),
+            witness: config.witness,
+        }
+    }
 }
 
 openraft::declare_raft_types!(

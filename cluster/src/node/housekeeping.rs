@@ -1,9 +1,10 @@
-//! What a member does by itself, once a second: measure the disk, ask whether it is still a member;
-//! and as the leader: make voters of learners that have caught up, forget old history.
+//! What a member does by itself, once a second: measure the disk, ask whether it is still a member,
+//! say where it is reached now; and as the leader: look after who votes, forget old history.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::voting::Voting;
 use super::{Node, retention};
 use crate::consensus::lead;
 use crate::{Leadership, StoreError};
@@ -23,6 +24,7 @@ pub(super) fn spawn(node: &Arc<Node>) -> Vec<tokio::task::JoinHandle<()>> {
 async fn follow_raft(node: Arc<Node>) {
     let me = node.clone();
     lead::watch_metrics(node.raft.clone(), move |metrics| {
+        me.follow_members(metrics);
         let is_leader = lead::leads(metrics);
         me.leadership.send_if_modified(|now| {
             let same = now.is_leader == is_leader && now.term == metrics.current_term;
@@ -78,6 +80,7 @@ async fn each_second(node: Arc<Node>) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut turn = 0;
+    let mut voting = Voting::new(0);
     loop {
         ticks.tick().await;
         if node.alive().is_err() {
@@ -86,14 +89,15 @@ async fn each_second(node: Arc<Node>) {
         let low = node.db.measure(node.config.min_free_bytes);
         if lead::leads(&node.metrics()) {
             if low {
-                lead::step_aside(&node.raft, node.silence_limit()).await;
+                node.hand_over().await;
                 continue;
             }
-            lead::promote(&node.raft, node.silence_limit()).await;
+            voting.tend(&node).await;
             retention::keep(&node).await;
         } else {
             turn += 1;
             node.say_hello(turn).await;
         }
+        node.describe().await;
     }
 }

@@ -6,10 +6,12 @@ use futures::future::BoxFuture;
 
 use super::Node;
 use crate::StoreError;
-use crate::consensus::{Forward, Forwarded, ask, lead};
+use crate::consensus::{Forward, Forwarded, MemberNode, ask, change, lead};
 use crate::machine::Command;
 use crate::storage::free_bytes;
 
+/// How long a member that is not known to lead may take to say who does.
+const ELSEWHERE: Duration = Duration::from_millis(500);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -21,7 +23,10 @@ impl Node {
 
     async fn lead_here(&self, asked: Forward, limit: Duration) -> Forwarded {
         let silence = self.silence_limit();
-        let writes = !matches!(asked, Forward::Hello | Forward::ReadIndex | Forward::Progress);
+        let writes = !matches!(
+            asked,
+            Forward::Hello | Forward::ReadIndex | Forward::Progress | Forward::Transfer { .. }
+        );
         if writes && self.db.disk_low() {
             return Forwarded::DiskFull {
                 folder: self.db.folder().display().to_string(),
@@ -33,9 +38,21 @@ impl Node {
             Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
             Forward::AddLearner { id, node } => {
-                lead::add_learner(&self.raft, id, node, limit).await
+                change::add_learner(&self.raft, id, node, limit).await
             }
-            Forward::Remove { id } => lead::remove(&self.raft, id, limit, silence).await,
+            Forward::Remove { id } => change::remove(&self.raft, id, limit, silence).await,
+            Forward::Transfer { from, to } => {
+                change::transfer(&self.raft, from, to, limit, silence).await
+            }
+            Forward::Describe { id, node } => {
+                let described = |present: &mut MemberNode| {
+                    *present = MemberNode { name: present.name.clone(), ..node };
+                };
+                change::update_node(&self.raft, id, limit, described).await
+            }
+            Forward::Rename { id, name } => {
+                change::update_node(&self.raft, id, limit, |node| node.name = name).await
+            }
             Forward::Progress => {
                 let metrics = self.metrics();
                 if lead::leads(&metrics) {
@@ -59,7 +76,7 @@ impl Node {
     }
 
     async fn ask_until(&self, asked: Forward, deadline: Instant) -> Result<Forwarded, StoreError> {
-        let mut perhaps_done = false;
+        let (mut perhaps_done, mut turn) = (false, 0);
         let mut why = "no leader is known".to_owned();
         let mut hint = None;
         loop {
@@ -75,7 +92,14 @@ impl Node {
             let metrics = self.metrics();
             let leader = hint.take().or(metrics.current_leader);
             let answer = match leader {
-                None => Forwarded::NotLeader { leader: None },
+                // Somebody else may know: the leader does not reach a node whose address changed.
+                None => {
+                    turn += 1;
+                    match self.other(turn) {
+                        Some(id) => self.ask_member(id, &asked, left.min(ELSEWHERE)).await,
+                        None => Forwarded::NotLeader { leader: None },
+                    }
+                }
                 Some(id) if id == self.id().0 => {
                     match tokio::time::timeout(left, self.lead(asked.clone(), left)).await {
                         Ok(answer) => answer,
@@ -134,15 +158,17 @@ impl Node {
         }
     }
 
-    /// Asks some other member whether this node is still one.
-    pub(super) async fn say_hello(&self, turn: usize) {
+    /// Some other member, another one each turn.
+    fn other(&self, turn: usize) -> Option<u64> {
         let me = self.id();
         let others: Vec<_> = self.members().into_iter().filter(|m| m.node_id != me).collect();
-        if others.is_empty() {
-            return;
+        others.get(turn % others.len().max(1)).map(|member| member.node_id.0)
+    }
+
+    /// Asks some other member whether this node is still one.
+    pub(super) async fn say_hello(&self, turn: usize) {
+        if let Some(other) = self.other(turn) {
+            let _ = self.ask_member(other, &Forward::Hello, Duration::from_secs(2)).await;
         }
-        let other = &others[turn % others.len()];
-        let limit = Duration::from_secs(2);
-        let _ = self.ask_member(other.node_id.0, &Forward::Hello, limit).await;
     }
 }

@@ -7,6 +7,7 @@ mod past;
 mod read;
 mod retention;
 mod run;
+mod voting;
 mod watches;
 mod write;
 
@@ -34,6 +35,8 @@ pub(crate) struct Node {
     machine: StateMachine,
     peers: Arc<Peers>,
     leadership: watch::Sender<Leadership>,
+    /// The name that people see; it can change.
+    label: watch::Sender<String>,
     removed: Arc<watch::Sender<bool>>,
     /// Why this member takes no part any more.
     failure: watch::Sender<Option<StoreError>>,
@@ -84,6 +87,9 @@ impl Node {
     }
     pub(crate) fn leadership(&self) -> watch::Receiver<Leadership> {
         self.leadership.subscribe()
+    }
+    pub(crate) fn label(&self) -> watch::Receiver<String> {
+        self.label.subscribe()
     }
     pub(crate) fn failure(&self) -> watch::Receiver<Option<StoreError>> {
         self.failure.subscribe()

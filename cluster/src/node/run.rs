@@ -46,6 +46,7 @@ pub(crate) async fn start(
         peers,
         leadership: watch::channel(Leadership { is_leader: false, term: 0, since: Instant::now() })
             .0,
+        label: watch::channel(identity.record.node_name.clone()).0,
         removed,
         failure: watch::channel(None).0,
         recovered: watch::channel(!db.lost_tail).0,
@@ -57,17 +58,19 @@ pub(crate) async fn start(
         identity,
         db,
     });
+    node.follow_members(&node.metrics());
     let tasks = housekeeping::spawn(&node);
     *node.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
     Ok(node)
 }
 
 impl Node {
-    /// Ends Raft, then the database.
+    /// Hands leadership over, ends Raft, then the database.
     pub(crate) async fn shutdown(&self) {
         if self.stopping.swap(true, Ordering::SeqCst) {
             return;
         }
+        self.hand_over().await;
         lead::stop(&self.raft).await;
         let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         for task in tasks {

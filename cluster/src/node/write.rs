@@ -22,7 +22,7 @@ impl Node {
     pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
         let mut command = TxnCommand::from(txn);
         if command.author.is_empty() {
-            command.author = format!("node {}", self.identity.record.node_name);
+            command.author = format!("node {}", *self.label.borrow());
         }
         command.at_ms = unix_now_ms();
         validate(&command).map_err(StoreError::Invalid)?;

@@ -18,10 +18,10 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 const LATE: Duration = Duration::from_millis(500);
 
 /// A channel that connects at its first use. `expect` is the name that the server's certificate
-/// must carry; `address` is where it is.
+/// must carry; `address` says where it is, at each connection anew.
 pub(crate) fn channel(
     tls: Arc<ClientConfig>,
-    address: String,
+    address: impl Fn() -> String + Send + Sync + 'static,
     expect: ServerName<'static>,
 ) -> Channel {
     // The URI is never dialled; it fills HTTP/2's :authority.
@@ -31,7 +31,7 @@ pub(crate) fn channel(
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .connect_with_connector_lazy(service_fn(move |_: Uri| {
-            let (tls, address, expect) = (tls.clone(), address.clone(), expect.clone());
+            let (tls, address, expect) = (tls.clone(), address(), expect.clone());
             async move {
                 let attempt = || connect(tls.clone(), &address, expect.clone());
                 dial(CONNECT_LIMIT, attempt).await.map(TokioIo::new)

@@ -100,7 +100,7 @@ impl Tree {
     }
 
     fn author(&self, caller: Caller) -> String {
-        let node = self.cluster.node_name();
+        let node = self.cluster.node_name().borrow().clone();
         match user_name(caller.uid) {
             Some(name) => format!("uid {} ({name}) on {node}", caller.uid),
             None => format!("uid {} on {node}", caller.uid),

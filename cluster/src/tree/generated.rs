@@ -11,7 +11,7 @@ use crate::{Cluster, Member};
 #[derive(Serialize)]
 struct Members<'a> {
     cluster: &'a str,
-    node: &'a str,
+    node: String,
     quorum: bool,
     leader: Option<String>,
     members: Vec<MemberLine>,
@@ -40,7 +40,7 @@ struct Version<'a> {
     version: &'static str,
     cluster: &'a str,
     cluster_id: &'a str,
-    node: &'a str,
+    node: String,
     revision: Revision,
 }
 
@@ -55,7 +55,7 @@ impl Tree {
                 version: env!("CARGO_PKG_VERSION"),
                 cluster: cluster.cluster_name(),
                 cluster_id: cluster.cluster_id(),
-                node: cluster.node_name(),
+                node: cluster.node_name().borrow().clone(),
                 revision: Revision(state.names.revision),
             }),
             Generated::Log => log(state.log.iter()),
@@ -76,7 +76,7 @@ fn members(cluster: &Cluster, quorum: bool) -> Vec<u8> {
     let name_of = |id| all.iter().find(|one| one.node_id == id).map(|one| one.name.clone());
     json(&Members {
         cluster: cluster.cluster_name(),
-        node: cluster.node_name(),
+        node: cluster.node_name().borrow().clone(),
         quorum,
         leader: leader.and_then(name_of),
         members: all

@@ -151,6 +151,32 @@ impl TestNode {
         Ok(())
     }
 
+    /// Runs a member that nobody reaches, though it reaches the others.
+    pub(crate) fn start_deaf(&mut self) -> Outcome {
+        let (runtime, config) = (runtime()?, self.config.clone());
+        let cluster = runtime.block_on(async move {
+            match open_soon(&config).await? {
+                Opened::Member(cluster) => Outcome::Ok(cluster),
+                Opened::Fresh(_) => Err("the folder holds no member".into()),
+            }
+        })?;
+        self.running = Some((runtime, cluster));
+        Ok(())
+    }
+
+    /// Lets it be reached again.
+    pub(crate) fn hear(&self) -> Outcome {
+        let config = self.config.clone();
+        self.run(|cluster| async move { serve(&cluster, &config).await })?
+    }
+
+    /// Another place to be reached at, from its next start on.
+    pub(crate) fn move_away(&mut self) -> Outcome {
+        self.config.api_address = format!("127.0.0.1:{}", free_port()?);
+        self.config.enrol_address = format!("127.0.0.1:{}", free_port()?);
+        Ok(())
+    }
+
     /// Drops everything at once, without an orderly end.
     pub(crate) fn kill(&mut self) {
         if let Some((runtime, cluster)) = self.running.take() {
@@ -180,7 +206,7 @@ impl Drop for TestNode {
 }
 
 impl Lab {
-    /// A cluster of voters; `tune` adjusts each one's settings.
+    /// A cluster with as many voters as it gets; `tune` adjusts each one's settings.
     pub(crate) fn with(count: usize, tune: impl Fn(&mut ClusterConfig)) -> Outcome<Self> {
         let folder = tempfile::tempdir()?;
         let mut nodes = Vec::new();
@@ -195,9 +221,12 @@ impl Lab {
             let token = lab.token(0)?;
             lab.nodes[number].join(&token)?;
         }
-        lab.wait("all are voters", |lab| {
+        // An odd number, but two of two.
+        let voters = if count == 2 { 2 } else { count - (count + 1) % 2 };
+        lab.wait("there are enough voters", |lab| {
             let members = lab.members(0)?;
-            Ok(members.len() == count && members.iter().all(|member| member.voter))
+            let voting = members.iter().filter(|member| member.voter).count();
+            Ok(members.len() == count && voting == voters)
         })?;
         Ok(lab)
     }

@@ -46,7 +46,7 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// One line each: `node1 alive|unknown|dead [drained] [fenced] [512MiB]` or
+    /// One line each: `node1 alive|unknown|dead [drained] [fenced] [witness] [512MiB]` or
     /// `vm NAME on node1 PHASE [ha] [local] [down] [256MiB] [failed=N]
     /// [retry=UNIX_MS]`.
     pub(crate) fn new(text: &str) -> Self {
@@ -76,6 +76,7 @@ impl Cluster {
             "cpus": 4,
             "memory_bytes": size(flags).unwrap_or(1024 * MIB),
             "maintenance": flags.contains(&"drained"),
+            "witness": flags.contains(&"witness"),
         }))
         .unwrap();
         let verdict = match verdict {

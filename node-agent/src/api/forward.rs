@@ -119,7 +119,7 @@ pub fn no_quorum(node: &Node) -> Status {
     Status::unavailable(format!(
         "no quorum: no leader among the {voters} voters answers node {}; the cluster accepts no \
          changes until a majority of them is up and connected (see `clusterctl cluster status`)",
-        node.name
+        node.name()
     ))
 }
 

@@ -70,7 +70,7 @@ async fn status(node: &Node, lease_ms: u32) -> Result<HaStatus, Status> {
         });
     Ok(HaStatus {
         quorum: true,
-        leader: node.name.to_string(),
+        leader: node.name().to_string(),
         lease_ms,
         nodes: nodes.collect(),
         resources: resources.collect(),

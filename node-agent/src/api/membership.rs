@@ -10,13 +10,14 @@ use proto::v1::membership_server::Membership;
 use proto::v1::{
     ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
     InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse,
-    RemoveNodeRequest, RemoveNodeResponse,
+    RemoveNodeRequest, RemoveNodeResponse, TransferLeaderRequest, TransferLeaderResponse,
 };
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::Api;
 use super::forward::{Caller, channel};
+use super::node::unknown;
 use crate::node::Node;
 use crate::store::store_status;
 
@@ -131,6 +132,21 @@ impl Membership for MembershipService {
         node.cluster().remove_node(&wanted).await?;
         tracing::warn!(node = %wanted, user = %caller.user, "removed from the cluster");
         Ok(Response::new(RemoveNodeResponse {}))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<TransferLeaderRequest>,
+    ) -> Result<Response<TransferLeaderResponse>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let wanted = request.into_inner().node;
+        let to = match wanted.as_str() {
+            "" => None,
+            name => Some(node.find(name).ok_or_else(|| unknown(name))?),
+        };
+        let leader = node.cluster().transfer_leader(to).await?;
+        tracing::info!(leader = %node.name_of(leader), user = %caller.user, "leadership moved");
+        Ok(Response::new(TransferLeaderResponse { leader: node.name_of(leader) }))
     }
 
     async fn issue_client(

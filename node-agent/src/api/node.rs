@@ -10,7 +10,7 @@ use proto::v1::nodes_client::NodesClient;
 use proto::v1::nodes_server::Nodes;
 use proto::v1::{
     DrainNodeRequest, FenceNodeRequest, FenceNodeResponse, ListNodesRequest, ListNodesResponse,
-    ResumeNodeRequest, ShowNodeRequest, TaskRef,
+    RenameNodeRequest, ResumeNodeRequest, ShowNodeRequest, TaskRef,
 };
 use tonic::{Request, Response, Status};
 
@@ -61,6 +61,11 @@ impl Nodes for Api {
         let id = node.find(&wanted).ok_or_else(|| unknown(&wanted))?;
         set_maintenance(&node, id, &wanted, true).await?;
         tracing::info!(node = %wanted, user = %caller.user, "draining");
+        if node.cluster().leader() == Some(id)
+            && let Err(error) = node.cluster().transfer_leader(None).await
+        {
+            tracing::warn!("the drained node leads on: {error}");
+        }
         let node_ = node.clone();
         let caller_ = caller.clone();
         let task_id = node
@@ -85,6 +90,31 @@ impl Nodes for Api {
         *show.extensions_mut() = request.extensions().clone();
         *show.metadata_mut() = request.metadata().clone();
         self.show(show).await
+    }
+
+    async fn rename(
+        &self,
+        request: Request<RenameNodeRequest>,
+    ) -> Result<Response<proto::v1::Node>, Status> {
+        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let mut show = Request::new(ShowNodeRequest::default());
+        *show.extensions_mut() = request.extensions().clone();
+        *show.metadata_mut() = request.metadata().clone();
+        let RenameNodeRequest { node: wanted, name } = request.into_inner();
+        let id = node.find(&wanted).ok_or_else(|| unknown(&wanted))?;
+        let name = super::parse_name(&name)?;
+        node.cluster().rename_node(id, &name).await?;
+        // The node does it too; one that is down does not.
+        let renamed = |record: Option<NodeRecord>| {
+            record.map(|record| NodeRecord { name: name.clone(), ..record })
+        };
+        node.store.update_node(id, renamed).await?;
+        tracing::info!(from = %wanted, to = %name, user = %caller.user, "renamed");
+        // By id: the node that answers may not have applied the new name yet.
+        show.get_mut().node = id.to_string();
+        let mut shown = self.show(show).await?;
+        shown.get_mut().name = name.to_string();
+        Ok(shown)
     }
 
     async fn fence(

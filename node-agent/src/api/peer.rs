@@ -95,7 +95,8 @@ impl Peer for Api {
         let Some(committed) = committed else {
             return Err(Status::failed_precondition(format!(
                 "VM `{vm}` does not belong to node {} at generation {}",
-                node.name, message.generation
+                node.name(),
+                message.generation
             )));
         };
         let (id, generation) = (&message.migration_id, committed.value.generation);
@@ -134,7 +135,7 @@ async fn expected(
     let placement = placement.ok_or_else(|| super::super::vms::unknown_vm(vm))?.value;
     let moving = placement.phase == Phase::Migrating { target: node.id };
     if placement.ha && !node.may_run_ha() {
-        let error = crate::reconcile::LaunchError::NoWatchdog(node.name.clone());
+        let error = crate::reconcile::LaunchError::NoWatchdog(node.name());
         return Err(Status::failed_precondition(error.to_string()));
     }
     if placement.owner == from && placement.generation.0 == generation && moving {
@@ -143,7 +144,7 @@ async fn expected(
     Err(Status::failed_precondition(format!(
         "VM `{vm}` is not being moved from {} to {}: it is {} at {}, generation {}",
         node.name_of(from),
-        node.name,
+        node.name(),
         placement.phase.word(),
         node.name_of(placement.owner),
         placement.generation

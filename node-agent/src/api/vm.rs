@@ -272,7 +272,7 @@ async fn follow_log(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Err(Status::not_found(format!(
                 "VM `{vm}` has no console log on {}",
-                node.name
+                node.name()
             )));
         }
         Err(error) => return Err(log_failed(&error)),

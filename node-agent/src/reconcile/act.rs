@@ -93,7 +93,7 @@ impl Acting<'_> {
             Err(error) => error.to_string(),
         };
         tracing::warn!(vm = %self.vm, "start failed: {failure}");
-        let here = &self.node.name;
+        let here = &self.node.name();
         self.put(|placement| {
             placement.note(stamped(&format!("start on {here} failed: {failure}")));
             placement.message = Some(failure);
@@ -108,7 +108,7 @@ impl Acting<'_> {
     }
 
     async fn mark_started(&self) -> Result<(), ActError> {
-        let here = &self.node.name;
+        let here = &self.node.name();
         self.put(|placement| {
             placement.phase = Phase::Started;
             placement.message = None;
@@ -122,7 +122,7 @@ impl Acting<'_> {
     async fn mark_lost(&self, memory: &Memory) -> Result<(), ActError> {
         let Some(present) = self.placement else { return Ok(()) };
         let reason = memory.take_exit(self.vm, present.value.generation);
-        let here = self.node.name.clone();
+        let here = self.node.name();
         self.put(|placement| lost(placement, reason.as_ref(), here.as_str())).await
     }
 

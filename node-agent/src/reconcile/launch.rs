@@ -52,7 +52,7 @@ pub async fn make_launch(
     deadline_ns: Option<u64>,
 ) -> Result<Launch, LaunchError> {
     if placement.ha && !node.may_run_ha() {
-        return Err(LaunchError::NoWatchdog(node.name.clone()));
+        return Err(LaunchError::NoWatchdog(node.name()));
     }
     let document = node
         .store

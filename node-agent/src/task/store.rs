@@ -49,7 +49,7 @@ pub struct TaskStore {
 #[derive(Debug)]
 struct Shared {
     node: NodeId,
-    node_name: Name,
+    node_name: Mutex<Name>,
     mark: PathBuf,
     inner: Mutex<Inner>,
 }
@@ -96,6 +96,15 @@ pub fn parse_id(id: &str) -> Option<(NodeId, u64)> {
 }
 
 impl TaskStore {
+    fn node_name(&self) -> String {
+        self.shared.node_name.lock().unwrap_or_else(PoisonError::into_inner).to_string()
+    }
+
+    /// Tasks from now on are of a node of this name.
+    pub fn rename(&self, name: Name) {
+        *self.shared.node_name.lock().unwrap_or_else(PoisonError::into_inner) = name;
+    }
+
     /// Opens the store of a node; `mark` is the file that keeps numbers from being given twice.
     ///
     /// # Errors
@@ -109,7 +118,9 @@ impl TaskStore {
             Err(error) => return Err(error),
         };
         let inner = Mutex::new(Inner { next, reserved: next, tasks: BTreeMap::new() });
-        Ok(Self { shared: Arc::new(Shared { node, node_name, mark, inner }) })
+        Ok(Self {
+            shared: Arc::new(Shared { node, node_name: Mutex::new(node_name), mark, inner }),
+        })
     }
 
     /// Runs `work` as a task and gives its id at once. `user` is who asked.
@@ -162,7 +173,7 @@ impl TaskStore {
             kind: kind.to_owned(),
             subject: subject.to_owned(),
             state: "running".to_owned(),
-            node: self.shared.node_name.to_string(),
+            node: self.node_name(),
             started_unix_ms: unix_ms(),
             user: user.to_owned(),
             ..Task::default()

@@ -103,7 +103,7 @@ async fn run(
 ) -> Result<Option<serde_json::Value>, TaskFailure> {
     let job = node.jobs.begin(vm).await;
     let target_name = node.name_of(target);
-    let here = node.name.to_string();
+    let here = node.name().to_string();
     let migrating = node
         .store
         .update_placement_if(
