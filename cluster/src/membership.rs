@@ -281,6 +281,25 @@ pub(crate) async fn transfer_leader(
     Err(MembershipError::Timeout(limit))
 }
 
+/// A member that has not answered the leader for longer does not count as up.
+pub(crate) fn up(node: &Node, contact_ms: Option<u64>) -> bool {
+    let limit = node.config().timings.election_max_ms.saturating_mul(2);
+    contact_ms.is_some_and(|ms| ms <= limit)
+}
+
+/// A log that is this much longer than a member's is worth saying, entries.
+const BEHIND: u64 = 200;
+
+fn health(node: &Node, leads: bool, lag: Option<u64>, contact_ms: Option<u64>) -> &'static str {
+    match (leads, up(node, contact_ms), lag) {
+        (true, _, _) => "leader",
+        (false, false, None) => "unknown",
+        (false, false, Some(_)) => "silent",
+        (false, true, Some(lag)) if lag <= BEHIND => "well",
+        (false, true, _) => "behind",
+    }
+}
+
 /// What `cluster status` shows.
 pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
     let deadline = Instant::now() + node.config().request_timeout / 2;
@@ -298,14 +317,11 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
     let record = &node.identity().record;
     let members = node.members();
     let voters = members.iter().filter(|member| member.voter).count();
-    let limit = node.config().timings.election_max_ms.saturating_mul(2);
     let up = members
         .iter()
         .filter(|member| {
-            member.voter
-                && progress.iter().any(|(id, _, contact)| {
-                    *id == member.node_id.0 && contact.is_some_and(|ms| ms <= limit)
-                })
+            let of = progress.iter().find(|(id, _, _)| *id == member.node_id.0);
+            member.voter && of.is_some_and(|(_, _, contact)| up(node, *contact))
         })
         .count();
     let failures = if quorum { up.saturating_sub(voters / 2 + 1) } else { 0 };
@@ -320,9 +336,12 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
             .into_iter()
             .map(|member| {
                 let of = progress.iter().find(|(id, _, _)| *id == member.node_id.0);
+                let (lag, contact) = of.map_or((None, None), |(_, lag, contact)| (*lag, *contact));
+                let leads = quorum && metrics.current_leader == Some(member.node_id.0);
                 v1::MemberStatus {
-                    lag: of.and_then(|(_, lag, _)| *lag),
-                    last_contact_ms: of.and_then(|(_, _, contact)| *contact),
+                    lag,
+                    last_contact_ms: contact,
+                    health: health(node, leads, lag, contact).to_owned(),
                     member: Some(member.into()),
                 }
             })
@@ -330,5 +349,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         revision: node.revision(),
         initialized: true,
         failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
+        // The agent knows what runs where.
+        if_fails: Vec::new(),
     }
 }

@@ -37,6 +37,7 @@ pub mod lease;
 pub mod migration;
 pub mod network;
 pub mod node;
+pub mod outlook;
 pub mod reconcile;
 pub mod storage;
 pub mod store;

@@ -9,7 +9,8 @@ use proto::v1::membership_client::MembershipClient;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::vms_client::VmsClient;
 use proto::v1::{
-    CreateVmRequest, DrainNodeRequest, RemoveNodeRequest, RenameNodeRequest, TransferLeaderRequest,
+    ClusterStatusRequest, CreateVmRequest, DrainNodeRequest, RemoveNodeRequest, RenameNodeRequest,
+    TransferLeaderRequest,
 };
 use proto::{NodeId, keys};
 use rig::Rig;
@@ -187,6 +188,10 @@ async fn a_renamed_node_is_called_so_everywhere_and_leadership_leaves_a_drained_
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(node.cluster().leader(), Some(node.id));
+    let status = membership.status(ClusterStatusRequest {}).await.unwrap().into_inner();
+    let fails: Vec<_> = status.if_fails.iter().map(|fails| (&*fails.node, fails.quorum)).collect();
+    assert_eq!(fails, [("n1", false), ("two", false)], "{status:?}");
+    assert_eq!(status.members[1].health, "leader", "{status:?}");
     let task = nodes.drain(DrainNodeRequest { node: "two".into() }).await.unwrap().into_inner();
     rigs[0].done(task).await;
     assert_eq!(rigs[0].agent.node().unwrap().cluster().leader(), Some(NodeId(1)));

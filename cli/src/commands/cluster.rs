@@ -6,7 +6,7 @@ use proto::v1::membership_client::MembershipClient;
 
 use crate::connect::Session;
 use crate::failure::{Exit, Failure};
-use crate::output::{self, or_dash, yes};
+use crate::output::{self, or_dash};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -164,14 +164,28 @@ fn status_table(status: &v1::ClusterStatus) -> String {
         [
             member.name,
             member.node_id.to_string(),
-            yes(member.voter),
+            role(member.voter, member.witness).to_owned(),
+            or_dash(&member.zone),
             or_dash(&member.api_address),
             status_of.lag.map_or_else(|| "-".to_owned(), |lag| lag.to_string()),
             contact.unwrap_or_else(|| "-".to_owned()),
+            or_dash(&status_of.health),
         ]
     });
-    let members = output::columns(["NODE", "ID", "VOTER", "ADDRESS", "LAG", "CONTACT"], rows);
-    format!("{head}\n\n{members}")
+    let headings = ["NODE", "ID", "VOTE", "ZONE", "ADDRESS", "LAG", "HEARD", "HEALTH"];
+    let members = output::columns(headings, rows);
+    let outlook: Vec<&str> = status.if_fails.iter().map(|fails| fails.summary.as_str()).collect();
+    let gap = if outlook.is_empty() { "" } else { "\n\n" };
+    format!("{head}\n\n{}{gap}{}", members.trim_end(), outlook.join("\n"))
+}
+
+fn role(voter: bool, witness: bool) -> &'static str {
+    match (voter, witness) {
+        (true, true) => "witness",
+        (true, false) => "voter",
+        (false, true) => "learner (witness)",
+        (false, false) => "learner",
+    }
 }
 
 #[cfg(test)]
@@ -188,11 +202,19 @@ mod tests {
             cluster_id: "c1".into(),
             answered_by: 1,
             members: vec![v1::MemberStatus { member: Some(member), ..v1::MemberStatus::default() }],
+            if_fails: vec![v1::NodeFailure {
+                summary: "if node1 fails: quorum is lost".into(),
+                ..v1::NodeFailure::default()
+            }],
             ..v1::ClusterStatus::default()
         };
         let text = status_table(&status);
         assert!(text.contains("quorum       NO:") && text.contains("leader       none"), "{text}");
         assert!(text.contains("answered by  node1"), "{text}");
+        assert!(
+            text.contains("voter") && text.ends_with("if node1 fails: quorum is lost"),
+            "{text}"
+        );
         assert!(status_table(&v1::ClusterStatus::default()).contains("belongs to no cluster"));
     }
 }

@@ -9,16 +9,19 @@ use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
     ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
-    InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse,
+    InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse, NodeFailure,
     RemoveNodeRequest, RemoveNodeResponse, TransferLeaderRequest, TransferLeaderResponse,
 };
+use proto::{Name, NodeId};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::Api;
 use super::forward::{Caller, channel};
 use super::node::unknown;
+use crate::ha::observe;
 use crate::node::Node;
+use crate::outlook::{Voice, outlook};
 use crate::store::store_status;
 
 /// Makes this node a member: implemented by the agent, which owns the data folder.
@@ -71,6 +74,42 @@ impl MembershipService {
     }
 }
 
+/// What the failure of each node would mean.
+async fn if_fails(
+    node: &Node,
+    caller: &Caller,
+    status: &ClusterStatus,
+) -> Result<Vec<NodeFailure>, Status> {
+    let snapshot = observe(node).await?;
+    let observations = crate::ha::observations(node, caller, &snapshot).await?;
+    let voices: Vec<Voice> = status
+        .members
+        .iter()
+        .filter_map(|of| {
+            let member = of.member.as_ref()?;
+            let up = matches!(of.health.as_str(), "leader" | "well" | "behind");
+            let (id, name) = (NodeId(member.node_id), member.name.clone());
+            Some(Voice { id, name, voter: member.voter, up })
+        })
+        .collect();
+    let texts = |names: &[Name]| names.iter().map(ToString::to_string).collect();
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let outlook = outlook(&voices, &snapshot.state, &observations);
+    Ok(outlook
+        .into_iter()
+        .map(|outlook| NodeFailure {
+            quorum: outlook.quorum(),
+            voters_left: count(outlook.voters_left),
+            voters: count(outlook.voters),
+            restart: texts(&outlook.restart),
+            unplaceable: texts(&outlook.unplaceable),
+            wait: texts(&outlook.wait),
+            summary: outlook.summary(),
+            node: outlook.node,
+        })
+        .collect())
+}
+
 /// A channel to another member, the leader where it is one; `None` where this node is alone.
 fn another(node: &Node) -> Result<Option<Channel>, Status> {
     let others = || node.cluster().members().into_iter().filter(|member| member.node_id != node.id);
@@ -108,11 +147,18 @@ impl Membership for MembershipService {
         &self,
         request: Request<ClusterStatusRequest>,
     ) -> Result<Response<ClusterStatus>, Status> {
-        Caller::of(&request)?;
+        let caller = Caller::of(&request)?;
         let Ok(node) = self.api.node() else {
             return Ok(Response::new(ClusterStatus::default()));
         };
-        Ok(Response::new(node.cluster().status().await))
+        let mut status = node.cluster().status().await;
+        if status.quorum {
+            match if_fails(&node, &caller, &status).await {
+                Ok(outlook) => status.if_fails = outlook,
+                Err(error) => tracing::debug!("what a failure would mean: {}", error.message()),
+            }
+        }
+        Ok(Response::new(status))
     }
 
     async fn remove_node(
