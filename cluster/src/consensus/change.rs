@@ -49,6 +49,10 @@ fn changed(result: Changed) -> Forwarded {
             // Another change is on its way, most likely.
             Forwarded::Unavailable(error.to_string())
         }
+        // Another change was faster: nothing was proposed.
+        Ok(Err(RaftError::APIError(ClientWriteError::PreconditionFailed(error)))) => {
+            Forwarded::Unavailable(error.to_string())
+        }
         Ok(Err(error)) => Forwarded::Unknown(error.to_string()),
     }
 }
@@ -102,8 +106,9 @@ pub(crate) async fn remove(raft: &Raft, id: u64, limit: Duration, within: Durati
     let ids = BTreeSet::from([id]);
     let change =
         if is_voter { ChangeMembers::RemoveVoters(ids) } else { ChangeMembers::RemoveNodes(ids) };
-    // `false`: a removed voter does not stay as a learner.
-    changed(tokio::time::timeout(limit, raft.change_membership(change, false)).await)
+    // Only if who votes is still what it was judged by. `false`: a removed voter does not stay as a
+    // learner.
+    propose(raft, &metrics, change, false, limit).await
 }
 
 /// What the leader sees of one member.
@@ -168,19 +173,20 @@ pub(crate) async fn set_voters(
     voters: BTreeSet<u64>,
     limit: Duration,
 ) -> Forwarded {
-    propose(raft, seen, ChangeMembers::ReplaceAllVoters(voters), limit).await
+    propose(raft, seen, ChangeMembers::ReplaceAllVoters(voters), true, limit).await
 }
 
 async fn propose(
     raft: &Raft,
     seen: &Metrics,
     change: ChangeMembers<u64, MemberNode>,
+    retain: bool,
     limit: Duration,
 ) -> Forwarded {
     let same = Precondition::LastMembershipLogId {
         last_membership_log_id: *seen.membership_config.log_id(),
     };
-    changed(tokio::time::timeout(limit, raft.change_membership_if(change, true, [same])).await)
+    changed(tokio::time::timeout(limit, raft.change_membership_if(change, retain, [same])).await)
 }
 
 /// Changes what the membership says of a node; its vote stays as it is.
@@ -204,7 +210,8 @@ pub(crate) async fn update_node(
     }
     // The id stays, and with it the certificate that the others demand at the new address: a wrong
     // address makes the node unreachable, never another node in its place.
-    propose(raft, &metrics, ChangeMembers::SetNodes(BTreeMap::from([(id, node)])), limit).await
+    let change = ChangeMembers::SetNodes(BTreeMap::from([(id, node)]));
+    propose(raft, &metrics, change, true, limit).await
 }
 
 /// Hands leadership over: to the voter that is asked for, else to the one whose log is furthest, a
