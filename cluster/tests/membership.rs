@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Consistency, MembershipError, Txn};
 use common::{Lab, Outcome};
-use proto::NodeId;
+use proto::record::{RemovalRecord, RemovalState};
+use proto::{NodeId, keys};
 
 fn voters(lab: &Lab, on: usize) -> Outcome<Vec<u64>> {
     let members = lab.members(on)?;
@@ -136,12 +137,7 @@ fn a_node_comes_up_at_another_address() -> Outcome {
 fn a_node_gets_another_name() -> Outcome {
     let lab = Lab::new(2)?;
     let id = lab.nodes[1].cluster()?.node_id();
-    let rename = |on: usize, name: &'static str| {
-        lab.nodes[on].run(move |c: Cluster| async move {
-            c.rename_node(id, &name.parse().map_err(|_| "name")?).await?;
-            Outcome::Ok(())
-        })?
-    };
+    let rename = |on: usize, name: &str| rename(&lab, on, id, name);
     let taken = rename(0, "n1").err().ok_or("two nodes of one name")?;
     assert!(taken.to_string().contains("choose another name"), "{taken}");
     rename(0, "other")?;
@@ -150,6 +146,75 @@ fn a_node_gets_another_name() -> Outcome {
     rename(1, "n2")?;
     rename(1, "n2")?;
     lab.wait("it knows", |lab| Ok(*lab.nodes[1].cluster()?.node_name().borrow() == "n2"))
+}
+
+/// Renames a node, asked on another.
+fn rename(lab: &Lab, on: usize, id: NodeId, name: &str) -> Outcome {
+    let name = name.parse().map_err(|_| "no name")?;
+    lab.nodes[on].run(move |c: Cluster| async move { c.rename_node(id, &name).await })??;
+    Ok(())
+}
+
+#[test]
+fn renames_at_the_same_time_leave_one_name_and_it_is_taken() -> Outcome {
+    let lab = Lab::new(2)?;
+    let (first, second) = (lab.nodes[0].cluster()?.node_id(), lab.nodes[1].cluster()?.node_id());
+    for round in 0..5 {
+        let names: Vec<String> = (0..4).map(|n| format!("r{round}-{n}")).collect();
+        let all = names.clone();
+        let ended = lab.nodes[0].run(move |c: Cluster| async move {
+            let renames = all.into_iter().map(|name| {
+                let c = c.clone();
+                async move {
+                    c.rename_node(second, &name.parse().map_err(|_| "name")?)
+                        .await
+                        .map_err(|e| e.to_string())
+                }
+            });
+            futures::future::join_all(renames).await
+        })?;
+        assert!(ended.iter().any(Result::is_ok), "{ended:?}");
+        // What is left half done by those that gave up is ended by the next.
+        let called = lab.members(0)?.into_iter().find(|m| m.node_id == second).ok_or("gone")?.name;
+        rename(&lab, 0, second, &called)?;
+        for name in names {
+            let taken = rename(&lab, 0, first, &name).is_err();
+            assert_eq!(taken, name == called, "{name}, and the node is called {called}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_renamed_nodes_document_goes_with_it() -> Outcome {
+    let lab = Lab::new(2)?;
+    let id = lab.nodes[1].cluster()?.node_id();
+    let document = "notes = \"left rack\"\n";
+    lab.nodes[0].run(move |c: Cluster| async move {
+        c.txn(Txn::new().put("nodes/n2.toml", document)).await
+    })??;
+    rename(&lab, 0, id, "left")?;
+    let documents = lab.nodes[0].run(|c: Cluster| async move {
+        c.range("nodes/", "", 0, Consistency::Linearizable).await
+    })??;
+    let documents: Vec<_> = documents.kvs.iter().map(|kv| (&*kv.key, &*kv.value)).collect();
+    assert_eq!(documents, [("nodes/left.toml", document.as_bytes())]);
+    Ok(())
+}
+
+#[test]
+fn a_node_that_is_being_removed_takes_no_name() -> Outcome {
+    let lab = Lab::new(2)?;
+    let (first, second) = (lab.nodes[0].cluster()?.node_id(), lab.nodes[1].cluster()?.node_id());
+    let record = RemovalRecord { name: "n2".to_owned(), state: RemovalState::Leaving };
+    let record = serde_json::to_vec(&record)?;
+    lab.nodes[0].run(move |c: Cluster| async move {
+        c.txn(Txn::new().put(keys::removal(second), record)).await
+    })??;
+    let refused = rename(&lab, 0, second, "new").err().ok_or("it was renamed")?;
+    assert!(refused.to_string().contains("being removed"), "{refused}");
+    // The name stays free.
+    rename(&lab, 0, first, "new")
 }
 
 #[test]
