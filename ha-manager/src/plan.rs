@@ -453,17 +453,22 @@ impl Planner<'_> {
         self.explain(name, "no node can take it".to_owned(), no_place.0);
     }
 
-    /// Moves VMs away from a node in maintenance. Those that run nowhere leave it also when it does
-    /// not answer: it is drained to be removed, most likely.
+    /// Moves VMs away from a node in maintenance, and from one that has become a witness. Those that
+    /// run nowhere leave it also when it does not answer: it is drained to be removed, most likely.
     fn plan_drain(&mut self, name: &Name, vm: &VmView, slots: &mut usize) {
         let from = vm.placement.owner;
         let view = self.placer.state.nodes.get(&from);
-        let drained = view.is_some_and(|view| view.record.maintenance);
-        if !drained || self.plan.report.contains_key(name) {
+        let Some(record) = view.map(|view| &view.record) else { return };
+        let (drained, witness) = (record.maintenance, record.witness);
+        if !(drained || witness) || self.plan.report.contains_key(name) {
             return;
         }
         let runs = match vm.placement.phase {
-            Phase::Started if self.node_state(from) == NodeState::Maintenance => true,
+            Phase::Started
+                if matches!(self.node_state(from), NodeState::Maintenance | NodeState::Online) =>
+            {
+                true
+            }
             Phase::Stopped | Phase::Error => false,
             Phase::Started
             | Phase::Starting
@@ -481,7 +486,8 @@ impl Planner<'_> {
         };
         let (vm_ref, to) = (vm_ref(name, vm), choice.node);
         let to_name = self.placer.state.node_name(to);
-        let reason = format!("{from_name} is drained: moving to {to_name}, the least loaded");
+        let why = if drained { "drained" } else { "a witness" };
+        let reason = format!("{from_name} is {why}: moving to {to_name}, the least loaded");
         if !runs {
             self.explain(name, reason.clone(), choice.not_elsewhere);
             return self.plan.actions.push(Action::Reassign { vm: vm_ref, to, reason });

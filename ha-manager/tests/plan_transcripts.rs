@@ -232,6 +232,25 @@ fn a_witness_runs_no_vms() {
 }
 
 #[test]
+fn vms_leave_a_node_that_has_become_a_witness() {
+    let cluster = Cluster::new(
+        "node1 alive witness\nnode2 alive
+         vm a on node1 started\nvm b on node1 stopped",
+    );
+    let actions = cluster.actions();
+    assert!(
+        actions[0].starts_with("migrate a ") && actions[0].ends_with("-> node2"),
+        "{actions:?}"
+    );
+    assert!(
+        actions[1].starts_with("reassign b ") && actions[1].ends_with("to node2"),
+        "{actions:?}"
+    );
+    let why = &cluster.plan().report[&name("a")].why;
+    assert_eq!(why, "node1 is a witness: moving to node2, the least loaded");
+}
+
+#[test]
 fn a_failed_migration_of_a_drain_backs_off() {
     let mut cluster = Cluster::new("node1 alive drained\nnode2 alive\nvm a on node1 started");
     let attempts = Attempts { failures: 2, last_ms: 1_000 };

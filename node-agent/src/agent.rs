@@ -15,13 +15,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use cluster::{
-    Cluster, ClusterConfig, Consistency, OpenError, Opened, RaftTimings, StoreError, Uninitialized,
-};
+use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError, Uninitialized};
 use ha_manager::Timing;
-use proto::record::NodeRecord;
+use proto::Name;
 use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
-use proto::{Name, keys};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -38,7 +35,7 @@ use crate::supervisor::{Supervisor, SupervisorConfig};
 use crate::task::TaskStore;
 use crate::vms::Shutdowns;
 use crate::watchdog::Watchdog;
-use crate::{ha, hardware, reconcile, telemetry};
+use crate::{ha, hardware, leading, reconcile, telemetry};
 
 /// The exit status of [`Ended::Removed`]. The systemd unit does not start the agent again after it.
 pub const EXIT_REMOVED: u8 = 3;
@@ -243,7 +240,7 @@ impl Agent {
         self.background(reconcile::run(node.clone(), exits));
         self.background(ha::run(node.clone()));
         self.background(keep_record(node.clone()));
-        self.background(lead_elsewhere(node.clone()));
+        self.background(leading::leave_while_drained(node.clone()));
         self.background(self.clone().watch_member(node.clone(), cluster));
         let thread = lease::spawn(node, watchdog, stop.clone())?;
         self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
@@ -512,21 +509,6 @@ async fn keep_record(node: Arc<Node>) {
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             renamed = name.changed() => if renamed.is_err() { return },
-        }
-    }
-}
-
-/// A drained node leaves the lead to others: it is about to be stopped.
-async fn lead_elsewhere(node: Arc<Node>) {
-    loop {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        if node.cluster().leader() != Some(node.id) {
-            continue;
-        }
-        let key = keys::node(node.id);
-        let record = node.store.record::<NodeRecord>(&key, Consistency::Stale).await;
-        if record.ok().flatten().is_some_and(|record| record.value.maintenance) {
-            node.cluster().hand_over().await;
         }
     }
 }

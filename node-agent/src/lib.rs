@@ -33,6 +33,7 @@ pub mod ha;
 pub mod hardware;
 pub mod jail;
 pub mod jobs;
+pub mod leading;
 pub mod lease;
 pub mod migration;
 pub mod network;

@@ -4,7 +4,7 @@ mod rig;
 
 use std::time::{Duration, Instant};
 
-use proto::record::{Placement, RemovalRecord, RemovalState};
+use proto::record::{Phase, Placement, RemovalRecord, RemovalState, Requested};
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::vms_client::VmsClient;
@@ -194,9 +194,67 @@ async fn a_renamed_node_is_called_so_everywhere_and_leadership_leaves_a_drained_
     assert_eq!(status.members[1].health, "leader", "{status:?}");
     let task = nodes.drain(DrainNodeRequest { node: "two".into() }).await.unwrap().into_inner();
     rigs[0].done(task).await;
-    assert_eq!(rigs[0].agent.node().unwrap().cluster().leader(), Some(NodeId(1)));
+    let first = rigs[0].agent.node().unwrap();
+    assert_eq!(first.cluster().leader(), Some(NodeId(1)));
     assert_eq!(rigs[1].vm("web").await.node, "n1");
+
+    // With all of them drained, the lead stays: passed to and fro, no leader would ever have waited
+    // long enough to call a node dead. Each looks every two seconds.
+    let term = first.cluster().term();
+    let mut nodes = NodesClient::new(rigs[1].channel.clone());
+    nodes.drain(DrainNodeRequest { node: "n1".into() }).await.unwrap();
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(7) {
+        let leader = first.cluster().leader();
+        assert_eq!((leader, first.cluster().term()), (Some(NodeId(1)), term));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     for rig in rigs {
         rig.agent.end().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_witness_is_given_no_vm_and_runs_none() {
+    let (_dirs, rigs) = cluster(1).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = rig::config(dir.path());
+    config.node.witness = true;
+    let witness = Rig::with(config).await;
+    witness.join(&rigs[0], "w").await;
+    rigs[0].online(2).await;
+    let request = CreateVmRequest {
+        document: document("web", "shared"),
+        node: "w".into(),
+        ..CreateVmRequest::default()
+    };
+    let refused = VmsClient::new(rigs[0].channel.clone()).create(request).await.unwrap_err();
+    assert!(refused.message().contains("witness"), "{refused}");
+    create_on(&rigs[0], "n1", document("web", "shared")).await;
+    // Whoever gives it one all the same, as before it became a witness.
+    let store = &rigs[0].agent.node().unwrap().store;
+    let (web, id) = ("web".parse().unwrap(), witness.agent.node().unwrap().id);
+    let given = store.update_placement_if(
+        &web,
+        |placement| {
+            placement.owner = id;
+            placement.generation = placement.generation.next();
+            placement.phase = Phase::Starting;
+            placement.requested = Requested::Started;
+            Ok::<_, String>(())
+        },
+        cluster::Txn::new,
+    );
+    given.await.unwrap();
+    let begin = Instant::now();
+    loop {
+        let vm = rigs[0].vm("web").await;
+        if vm.message.contains("witness") {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(30), "{vm:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    rigs[0].agent.end().await;
+    witness.agent.end().await;
 }

@@ -61,11 +61,7 @@ impl Nodes for Api {
         let id = node.find(&wanted).ok_or_else(|| unknown(&wanted))?;
         set_maintenance(&node, id, &wanted, true).await?;
         tracing::info!(node = %wanted, user = %caller.user, "draining");
-        if node.cluster().leader() == Some(id)
-            && let Err(error) = node.cluster().transfer_leader(None).await
-        {
-            tracing::warn!("the drained node leads on: {error}");
-        }
+        crate::leading::leave_if_drained(&node, id).await;
         let node_ = node.clone();
         let caller_ = caller.clone();
         let task_id = node

@@ -134,10 +134,8 @@ async fn expected(
     let placement = node.store.placement(vm).await?;
     let placement = placement.ok_or_else(|| super::super::vms::unknown_vm(vm))?.value;
     let moving = placement.phase == Phase::Migrating { target: node.id };
-    if placement.ha && !node.may_run_ha() {
-        let error = crate::reconcile::LaunchError::NoWatchdog(node.name());
-        return Err(Status::failed_precondition(error.to_string()));
-    }
+    crate::reconcile::may_run(node, &placement)
+        .map_err(|error| Status::failed_precondition(error.to_string()))?;
     if placement.owner == from && placement.generation.0 == generation && moving {
         return Ok(());
     }

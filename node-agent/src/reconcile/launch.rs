@@ -34,6 +34,9 @@ pub enum LaunchError {
         "node {0} has no watchdog, so it runs no HA VMs: load one (softdog at least) or set allow_ha_without_watchdog in its node-agent.toml"
     )]
     NoWatchdog(Name),
+    /// The node is here to vote.
+    #[error("node {0} is a witness: it votes and runs no VMs")]
+    Witness(Name),
     /// A bug or a panic in a blocking thread.
     #[error("internal error: {0}")]
     Internal(String),
@@ -51,9 +54,7 @@ pub async fn make_launch(
     placement: &Placement,
     deadline_ns: Option<u64>,
 ) -> Result<Launch, LaunchError> {
-    if placement.ha && !node.may_run_ha() {
-        return Err(LaunchError::NoWatchdog(node.name()));
-    }
+    may_run(node, placement)?;
     let document = node
         .store
         .document(vm, Consistency::Linearizable)
@@ -78,6 +79,20 @@ pub async fn make_launch(
     launch.cpuid = cpuid;
     launch.deadline_ns = deadline_ns.filter(|_| placement.ha);
     Ok(launch)
+}
+
+/// Whether this node runs such a VM at all, wherever it was decided.
+///
+/// # Errors
+/// [`LaunchError::Witness`], [`LaunchError::NoWatchdog`].
+pub fn may_run(node: &Node, placement: &Placement) -> Result<(), LaunchError> {
+    if node.config.node.witness {
+        return Err(LaunchError::Witness(node.name()));
+    }
+    if placement.ha && !node.may_run_ha() {
+        return Err(LaunchError::NoWatchdog(node.name()));
+    }
+    Ok(())
 }
 
 /// The CPU features that all nodes share; empty where no node reports any.

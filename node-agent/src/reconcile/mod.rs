@@ -20,7 +20,7 @@ use proto::{Generation, Name};
 use tokio::sync::mpsc;
 
 pub use decide::{Step, decide};
-pub use launch::{LaunchError, make_launch};
+pub use launch::{LaunchError, make_launch, may_run};
 
 use crate::node::Node;
 use crate::supervisor::{ExitReason, VmExited};
