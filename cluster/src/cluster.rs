@@ -13,6 +13,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
+use crate::machine::ANSWER_BYTES;
 use crate::node::Node;
 use crate::service::EnrolmentService;
 use crate::tls::{self, Admit, TlsConnection};
@@ -148,6 +149,27 @@ impl Cluster {
         public(prefix)?;
         self.node.history(prefix, exact, before, limit).await
     }
+    /// As [`Cluster::range`], but not more than fits into one message: for clients, who go on after
+    /// the last key where there is more.
+    ///
+    /// # Errors
+    /// [`StoreError`]; within the request timeout.
+    pub async fn range_page(
+        &self,
+        prefix: &str,
+        after: &str,
+        limit: usize,
+        consistency: Consistency,
+    ) -> Result<RangeResult, StoreError> {
+        self.node.range_within(prefix, after, limit, ANSWER_BYTES, consistency, false).await
+    }
+    /// Counts a client's request.
+    ///
+    /// # Errors
+    /// [`StoreError::TooOften`]
+    pub fn take_turn(&self, client: &str) -> Result<(), StoreError> {
+        self.node.take_turn(client)
+    }
     /// Proposes a transaction wherever the leader is, and repeats it safely until its outcome is
     /// known or the request timeout (5 s) is over.
     ///
@@ -169,6 +191,18 @@ impl Cluster {
         from: Revision,
     ) -> Result<BoxStream<'static, Result<WatchBatch, WatchError>>, WatchError> {
         self.node.watch(prefix, from)
+    }
+    /// As [`Cluster::watch`], for a client: counted against this node's limit, and with a batch
+    /// without events where nothing else was to say for a while, to tell how far the watch is.
+    ///
+    /// # Errors
+    /// [`WatchError::TooMany`], and as [`Cluster::watch`].
+    pub fn watch_for_client(
+        &self,
+        prefix: &str,
+        from: Revision,
+    ) -> Result<BoxStream<'static, Result<WatchBatch, WatchError>>, WatchError> {
+        self.node.watch_for_client(prefix, from)
     }
 
     /// The leader, as this node knows.

@@ -28,6 +28,8 @@ pub struct ClusterConfig {
     pub min_free_bytes: u64,
     /// How much history stays readable.
     pub retention: Retention,
+    /// How much there may be of everything.
+    pub limits: Limits,
     /// Log entries between two snapshots.
     pub snapshot_every: u64,
     /// Log entries kept behind a snapshot for followers that lag a little.
@@ -49,6 +51,7 @@ impl ClusterConfig {
             request_timeout: Duration::from_secs(5),
             min_free_bytes: 32 << 20,
             retention: Retention::default(),
+            limits: Limits::default(),
             snapshot_every: 20_000,
             snapshot_keep: 5_000,
         }
@@ -66,6 +69,8 @@ pub struct Retention {
     /// Revisions of the store for which the changes of the system's own records (`status/`,
     /// `priv/`) stay: enough for a watch to go on where it was interrupted.
     pub system_revisions: u64,
+    /// With more than this in versions of people's files, older ones go before `file_age`, bytes.
+    pub file_history_bytes: u64,
 }
 
 impl Default for Retention {
@@ -74,6 +79,41 @@ impl Default for Retention {
             file_versions: 100,
             file_age: Duration::from_secs(90 * 24 * 3600),
             system_revisions: 10_000,
+            file_history_bytes: 2 << 30,
+        }
+    }
+}
+
+/// How much there may be of everything. For the data, the leader's settings count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// People's files (their present content and paths), bytes.
+    pub file_bytes: u64,
+    /// Their number.
+    pub files: u64,
+    /// The system's records, bytes. Apart from the files: these must not keep a node from being
+    /// fenced.
+    pub record_bytes: u64,
+    /// Their number.
+    pub records: u64,
+    /// Watches of clients on this node.
+    pub client_watches: usize,
+    /// Requests of one client in a second; twice as many at once after a pause. 0: no limit.
+    pub client_requests_per_s: u32,
+    /// After this time without a change a client's watch is told how far it has come.
+    pub watch_progress: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            file_bytes: 1 << 30,
+            files: 100_000,
+            record_bytes: 256 << 20,
+            records: 200_000,
+            client_watches: 2_000,
+            client_requests_per_s: 500,
+            watch_progress: Duration::from_secs(10),
         }
     }
 }

@@ -39,6 +39,35 @@ pub enum StoreError {
     /// The request breaks a rule of the store and was not proposed.
     #[error("invalid request: {0}")]
     Invalid(String),
+    /// A value, or the whole transaction, is larger than allowed.
+    #[error("too large: {0}")]
+    TooLarge(String),
+    /// The data is as large as it may be.
+    #[error(
+        "no space: {what} would be over their limit of {limit_bytes} bytes and {limit_keys} keys ({used_bytes} and {used_keys} are used), nothing was written; delete what is not needed: deletes are always taken"
+    )]
+    NoSpace {
+        /// `the files` or `the system's records`.
+        what: &'static str,
+        /// In use.
+        used_bytes: u64,
+        /// In use.
+        used_keys: u64,
+        /// Allowed.
+        limit_bytes: u64,
+        /// Allowed.
+        limit_keys: u64,
+    },
+    /// A client asks too often.
+    #[error(
+        "`{client}` asks more often than {per_s} times a second; nothing was done: wait a moment, then ask again"
+    )]
+    TooOften {
+        /// Who.
+        client: String,
+        /// How often it may ask.
+        per_s: u32,
+    },
     /// A key under `priv/`.
     #[error("`{0}` is private to the cluster's agents and can be neither read nor written here")]
     Private(String),
@@ -111,6 +140,14 @@ pub enum WatchError {
     /// History was compacted past the watch's position.
     #[error(transparent)]
     Compacted(#[from] Compacted),
+    /// This node has as many clients' watches as it takes.
+    #[error(
+        "this node has {limit} watches of clients, as many as it takes; end some, or ask another node"
+    )]
+    TooMany {
+        /// How many it takes.
+        limit: usize,
+    },
     /// The store cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -37,7 +37,7 @@ mod types;
 mod voters;
 
 pub use cluster::Cluster;
-pub use config::{ClusterConfig, RaftTimings, Retention};
+pub use config::{ClusterConfig, Limits, RaftTimings, Retention};
 pub use consensus::RaftService;
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,

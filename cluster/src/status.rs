@@ -13,9 +13,11 @@ impl From<&StoreError> for Status {
             }
             StoreError::UnknownOutcome { .. } => Self::deadline_exceeded(text),
             StoreError::Forgotten { .. } => Self::out_of_range(text),
-            StoreError::Invalid(_) => Self::invalid_argument(text),
+            StoreError::Invalid(_) | StoreError::TooLarge(_) => Self::invalid_argument(text),
             StoreError::Private(_) => Self::permission_denied(text),
-            StoreError::DiskFull { .. } => Self::resource_exhausted(text),
+            StoreError::DiskFull { .. }
+            | StoreError::NoSpace { .. }
+            | StoreError::TooOften { .. } => Self::resource_exhausted(text),
             StoreError::Failed { .. } => Self::internal(text),
             StoreError::Removed => Self::failed_precondition(text),
         }

@@ -136,3 +136,45 @@ fn old_versions_go_by_age_but_the_last_ones_of_each_file_stay() -> Outcome {
         })?
     })
 }
+
+#[test]
+fn what_is_too_much_is_refused_in_words_that_help() -> Outcome {
+    let lab = Lab::with(1, |config| {
+        config.limits.file_bytes = 3 << 20;
+        config.limits.client_requests_per_s = 5;
+    })?;
+    lab.nodes[0].run(|c| async move {
+        let put = |key: &str, size: usize| Txn::new().put(key, vec![7u8; size]);
+        let large = c.txn(put("big", (1 << 20) + 1)).await;
+        assert!(matches!(large, Err(StoreError::TooLarge(_))), "{large:?}");
+        // The leader sets the limits within its first second.
+        let refused = loop {
+            for n in 0..4 {
+                c.txn(Txn::new().delete(format!("f{n}"))).await?;
+            }
+            let mut outcome = Ok(());
+            for n in 0..4 {
+                outcome = outcome.and(c.txn(put(&format!("f{n}"), 1 << 20)).await.map(|_| ()));
+            }
+            match outcome {
+                Ok(()) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refused, StoreError::NoSpace { .. }), "{refused:?}");
+        assert!(refused.to_string().contains("delete"), "{refused}");
+        assert!(c.txn(put("status/x", 1 << 20)).await?.committed());
+        assert!(c.txn(Txn::new().delete("f0")).await?.committed());
+        assert!(c.txn(put("f0", 100)).await?.committed());
+        // A page for clients is no larger than a message.
+        let range = c.range_page("", "", 0, cluster::Consistency::Linearizable).await?;
+        assert!(range.more && range.kvs.len() >= 3, "{} keys", range.kvs.len());
+        let refused = (0..20).find_map(|_| c.take_turn("ann").err());
+        let Some(refused @ StoreError::TooOften { .. }) = refused else {
+            return Err("it may ask as often as it likes".into());
+        };
+        assert!(refused.to_string().contains("wait"), "{refused}");
+        c.take_turn("bob")?;
+        Outcome::Ok(())
+    })?
+}

@@ -10,6 +10,7 @@ use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use tokio::sync::watch;
 
+use super::recent::Recent;
 use super::snapshot::{self, SnapshotFile};
 use super::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::machine::{Changes, Overlay, Read, Reply, Table, apply, decode, encode, revision};
@@ -36,6 +37,7 @@ pub(crate) struct Applied {
 pub(crate) struct StateMachine {
     db: Arc<Db>,
     applied: Arc<watch::Sender<Applied>>,
+    recent: Arc<Recent>,
 }
 
 type Replies = Vec<(Option<openraft::storage::ApplyResponder<TypeConfig>>, Reply)>;
@@ -44,12 +46,18 @@ impl StateMachine {
     /// On an open database.
     pub(crate) fn open(db: Arc<Db>) -> io::Result<Self> {
         let applied = db.view(position)?;
-        Ok(Self { db, applied: Arc::new(watch::channel(applied).0) })
+        let recent = Arc::new(Recent::new(applied.revision));
+        Ok(Self { db, applied: Arc::new(watch::channel(applied).0), recent })
     }
 
     /// How far the state has come, now and later.
     pub(crate) fn applied(&self) -> watch::Receiver<Applied> {
         self.applied.subscribe()
+    }
+
+    /// The last changes.
+    pub(crate) fn recent(&self) -> &Recent {
+        &self.recent
     }
 
     fn folder(&self) -> PathBuf {
@@ -79,6 +87,7 @@ impl StateMachine {
             Ok((state.into_changes(), replies, applied))
         })?;
         self.write(&changes)?;
+        self.recent.add(&changes, applied.revision)?;
         self.applied.send_replace(applied);
         for (responder, reply) in replies {
             if let Some(responder) = responder {
@@ -189,6 +198,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         // The leader counts this node as holding all of it from now on.
         self.db.durable().await?;
         let applied = self.db.view(position)?;
+        self.recent.reset(applied.revision);
         self.applied.send_replace(applied);
         Ok(())
     }

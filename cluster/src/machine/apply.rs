@@ -6,7 +6,7 @@ use super::command::{Command, ConflictKv, KeyWrite, Reply, TxnCommand};
 use super::dedup::{self, Known};
 use super::{
     Overlay, Place, Read, Record, Table, Version, VersionHead, compact, decode, encode, folders,
-    journal_key, newest, revision, version_key,
+    journal_key, newest, revision, usage, version_key,
 };
 
 /// Applies one committed command at its log index.
@@ -20,6 +20,10 @@ pub(crate) fn apply<R: Read>(
 ) -> io::Result<Reply> {
     match command {
         Command::Txn(txn) => apply_txn(state, index, txn),
+        Command::Limit(limits) => {
+            usage::set_limits(state, *limits)?;
+            Ok(Reply::None)
+        }
         Command::Compact { lane, before, keep } => {
             compact::compact(state, *lane, *before, *keep)?;
             Ok(Reply::None)
@@ -47,7 +51,9 @@ fn apply_txn<R: Read>(
             let reply = execute(state, txn)?;
             let outcome = match &reply {
                 Reply::Committed { revision } => Some(*revision),
-                _ => None,
+                Reply::Conflict { .. } => None,
+                // Nothing was done; a repetition is looked at anew.
+                Reply::None | Reply::Forgotten | Reply::Full(_) => return Ok(reply),
             };
             dedup::remember(state, index, &txn.client, txn.sequence, outcome)?;
             Ok(reply)
@@ -61,9 +67,15 @@ fn execute<R: Read>(state: &mut Overlay<'_, R>, txn: &TxnCommand) -> io::Result<
     if !failed.is_empty() {
         return Ok(Reply::Conflict { revision: last, conflicts: present(failed) });
     }
+    let old: io::Result<Vec<_>> =
+        txn.writes.iter().map(|write| record(state, &write.key)).collect();
+    let old = old?;
+    if let Some(full) = usage::count(state, &txn.writes, &old)? {
+        return Ok(Reply::Full(full));
+    }
     let mut at = Place::first_of(last + 1);
-    for KeyWrite { key, value } in &txn.writes {
-        if write(state, txn, at, key, value.as_deref())? {
+    for (KeyWrite { key, value }, old) in txn.writes.iter().zip(old) {
+        if write(state, txn, at, key, (old, value.as_deref()))? {
             at.position += 1;
         }
     }
@@ -80,9 +92,8 @@ fn write<R: Read>(
     txn: &TxnCommand,
     at: Place,
     key: &str,
-    value: Option<&[u8]>,
+    (old, value): (Option<Record>, Option<&[u8]>),
 ) -> io::Result<bool> {
-    let old = record(state, key)?;
     if old.is_none() && value.is_none() {
         return Ok(false);
     }
@@ -110,7 +121,9 @@ fn write<R: Read>(
         at_ms: txn.at_ms,
     };
     let version = Version { head, value: value.map(<[u8]>::to_vec) };
-    state.put(Table::Versions, &version_key(key, at.revision), encode(&version)?);
+    let row = encode(&version)?;
+    usage::count_version(state, key, &row, true)?;
+    state.put(Table::Versions, &version_key(key, at.revision), row);
     for folder in folders(key) {
         state.put(Table::Journal, &journal_key(folder, at), key.as_bytes().to_vec());
     }

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Lane;
+use super::{DataLimits, Full, Lane};
 use crate::{Txn, Write};
 
 /// Longest key, bytes.
@@ -33,6 +33,8 @@ pub(crate) enum Command {
         /// Versions of each key that stay, however old they are.
         keep: u64,
     },
+    /// How much the data may take from here on.
+    Limit(DataLimits),
 }
 
 /// A transaction as it is logged.
@@ -70,6 +72,8 @@ pub(crate) enum Reply {
     Conflict { revision: u64, conflicts: Vec<ConflictKv> },
     /// The answer of this (client, sequence) is no longer known.
     Forgotten,
+    /// The data would be larger than it may be; nothing was written.
+    Full(Full),
 }
 
 /// A key's state in a [`Reply`].
@@ -96,6 +100,7 @@ impl std::fmt::Display for Command {
             Self::Compact { lane, before, keep } => {
                 write!(f, "compact {lane:?} before {before}, keep {keep}")
             }
+            Self::Limit(limits) => write!(f, "limit {limits:?}"),
         }
     }
 }
@@ -107,6 +112,7 @@ impl std::fmt::Display for Reply {
             Self::Committed { revision } => write!(f, "committed at {revision}"),
             Self::Conflict { conflicts, .. } => write!(f, "conflict on {} keys", conflicts.len()),
             Self::Forgotten => f.write_str("forgotten"),
+            Self::Full(full) => write!(f, "full: {:?}", full.share),
         }
     }
 }
@@ -132,41 +138,53 @@ impl From<Txn> for TxnCommand {
     }
 }
 
+/// Why a transaction is not proposed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Unfit {
+    /// It breaks a rule.
+    Invalid(String),
+    /// A value, or all of it, is too large.
+    TooLarge(String),
+}
+
 /// Checks a transaction before it is proposed: sizes, keys, no key written twice.
-pub(crate) fn validate(txn: &TxnCommand) -> Result<(), String> {
+pub(crate) fn validate(txn: &TxnCommand) -> Result<(), Unfit> {
+    if txn.client.len() > CLIENT_MAX {
+        return Err(Unfit::Invalid(format!("a client's name has at most {CLIENT_MAX} bytes")));
+    }
+    if txn.author.len() > AUTHOR_MAX || txn.author.chars().any(char::is_control) {
+        let rule = "bytes and no control characters";
+        return Err(Unfit::Invalid(format!("an author's name has at most {AUTHOR_MAX} {rule}")));
+    }
+    let keys = txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|w| &w.key));
+    keys.clone().try_for_each(|key| valid_key(key)).map_err(Unfit::Invalid)?;
+    let mut written = std::collections::BTreeSet::new();
+    for write in &txn.writes {
+        if !written.insert(&write.key) {
+            let key = &write.key;
+            return Err(Unfit::Invalid(format!("`{key}` is written twice in one transaction")));
+        }
+    }
+    fits(txn, keys.map(String::len).sum()).map_err(Unfit::TooLarge)
+}
+
+/// `key_bytes`: of all keys together.
+fn fits(txn: &TxnCommand, key_bytes: usize) -> Result<(), String> {
     if txn.compares.len() + txn.writes.len() > OPS_MAX {
         return Err(format!("more than {OPS_MAX} compares and writes in one transaction"));
     }
-    if txn.client.len() > CLIENT_MAX {
-        return Err(format!("a client's name has at most {CLIENT_MAX} bytes"));
-    }
-    if txn.author.len() > AUTHOR_MAX || txn.author.chars().any(char::is_control) {
-        return Err(format!(
-            "an author's name has at most {AUTHOR_MAX} bytes and no control characters"
-        ));
-    }
-    let mut total = 0;
-    let keys =
-        txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|write| &write.key));
-    for key in keys {
-        valid_key(key)?;
-        total += key.len();
-    }
-    let mut written = std::collections::BTreeSet::new();
+    let mut total = key_bytes;
     for KeyWrite { key, value } in &txn.writes {
-        if !written.insert(key) {
-            return Err(format!("`{key}` is written twice in one transaction"));
-        }
         let size = value.as_ref().map_or(0, Vec::len);
         if size > VALUE_MAX {
-            return Err(format!(
-                "the value of `{key}` has {size} bytes; at most {VALUE_MAX} are allowed"
-            ));
+            return Err(format!("`{key}` has {size} bytes; at most {VALUE_MAX} are allowed"));
         }
         total += size;
     }
     if total > TXN_MAX {
-        return Err(format!("the transaction has {total} bytes; at most {TXN_MAX} are allowed"));
+        return Err(format!(
+            "the transaction has {total} bytes; at most {TXN_MAX} are allowed: do it in parts"
+        ));
     }
     Ok(())
 }

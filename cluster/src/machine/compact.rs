@@ -14,7 +14,7 @@ use std::io;
 use super::rows::number;
 use super::{
     Lane, Overlay, Place, Read, Table, VersionHead, decode, decode_head, encode, folders,
-    journal_key, newest, place_of, revision, version_key, version_of,
+    journal_key, newest, place_of, revision, usage, version_key, version_of,
 };
 
 /// Changes that one command looks at, at most.
@@ -126,6 +126,7 @@ fn trim<R: Read>(
             return Ok(false);
         }
         budget.versions -= 1;
+        usage::count_version(state, key, bytes, false)?;
         remove(state, key, revision, &version);
         from = version_key(key, revision);
     }

@@ -16,7 +16,7 @@ const JOURNAL_ROWS_MAX: usize = 10_000;
 /// Versions that are read at once.
 const VERSION_ROWS: usize = 16;
 /// Bytes of one answer, about: it is to fit into one message.
-const ANSWER_BYTES: usize = 3 << 20;
+pub(crate) const ANSWER_BYTES: usize = 3 << 20;
 
 /// One write of one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub(crate) fn floor_of_prefix(read: &impl Read, prefix: &str) -> io::Result<u64>
 }
 
 /// Keys with a prefix after `after`, as they were right after a revision, without those of `priv/`;
-/// and whether there are more than `limit`. The revision is not below [`floor_of_prefix`].
+/// and whether there are more: than `limit`, or than fit into one answer. The revision is not below [`floor_of_prefix`].
 pub(crate) fn range_at(
     read: &impl Read,
     prefix: &str,
@@ -80,7 +80,7 @@ pub(crate) fn range_at(
     limit: usize,
     revision: u64,
 ) -> io::Result<(Vec<Written>, bool)> {
-    let mut found = Vec::new();
+    let (mut found, mut bytes) = (Vec::new(), 0);
     let end = prefix_end(prefix.as_bytes());
     let mut from = if after > prefix { past(after) } else { prefix.as_bytes().to_vec() };
     loop {
@@ -96,10 +96,12 @@ pub(crate) fn range_at(
         }
         let was = version_before(read, key, revision.saturating_add(1))?;
         if let Some((revision, version)) = was.filter(|(_, version)| version.value.is_some()) {
-            if found.len() == limit {
+            if found.len() == limit || bytes > ANSWER_BYTES {
                 return Ok((found, true));
             }
-            found.push(Written { key: key.to_owned(), revision, version });
+            let written = Written { key: key.to_owned(), revision, version };
+            bytes += size(&written);
+            found.push(written);
         }
         from = past(key);
     }
@@ -204,6 +206,10 @@ fn row_at(read: &impl Read, key: &str, revision: u64) -> io::Result<Vec<u8>> {
     row.ok_or_else(|| super::rows::damaged("a version is missing"))
 }
 
+fn size(written: &Written) -> usize {
+    written.key.len() + written.version.value.as_ref().map_or(0, Vec::len)
+}
+
 /// An answer that is being filled.
 struct Page {
     found: Vec<Written>,
@@ -218,7 +224,6 @@ impl Page {
 
     /// Takes a revision's changes, if there is room; the first ones always.
     fn take(&mut self, written: Vec<Written>) -> bool {
-        let size = |one: &Written| one.key.len() + one.version.value.as_ref().map_or(0, Vec::len);
         let bytes: usize = written.iter().map(size).sum();
         let full =
             self.found.len() + written.len() > self.limit || self.bytes + bytes > ANSWER_BYTES;

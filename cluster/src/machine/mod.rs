@@ -8,7 +8,7 @@
 //! | Versions | the key, 0, revision (8 BE)                 | [`Version`]: what a write did    |
 //! | Journal  | a folder, 0, revision (8 BE), place (4 BE)  | the key that was written         |
 //! | Dedup    | see [`dedup`]                               | outcomes of named transactions   |
-//! | Machine  | a word                                      | `revision`, `clients`, see [`compact`] |
+//! | Machine  | a word                                      | `revision`, `clients`, see [`compact`], [`usage`] |
 //!
 //! A write has a row in Versions, and one in the Journal for each folder above it (the first few,
 //! see [`folders`]), so that neither a key's nor a folder's history is searched for. The system's
@@ -26,18 +26,21 @@ mod history;
 mod lane;
 mod overlay;
 mod rows;
+mod usage;
 
 #[cfg(test)]
 mod history_tests;
 #[cfg(test)]
+mod limit_tests;
+#[cfg(test)]
 mod model_tests;
 
 pub(crate) use apply::apply;
-pub(crate) use command::{Command, Reply, TxnCommand, validate};
+pub(crate) use command::{Command, Reply, TxnCommand, Unfit, validate};
 pub(crate) use compact::{floor, unswept};
 pub(crate) use history::{
-    At, Span, Written, changes, floor_of_prefix, get_at, journal, newest, range_at, written_at,
-    written_at_ms,
+    ANSWER_BYTES, At, Span, Written, changes, floor_of_prefix, get_at, journal, newest, range_at,
+    written_at, written_at_ms,
 };
 pub(crate) use lane::{Lane, folders, folders_of_prefix};
 pub(crate) use overlay::{Changes, Overlay, Read, Row, Table};
@@ -45,3 +48,4 @@ pub(crate) use rows::{
     Place, Record, Version, VersionHead, decode, decode_head, encode, journal_key, place_of,
     prefix_end, revision, version_key, version_of,
 };
+pub(crate) use usage::{DataLimits, Full, Share, Usage, kept, limits};

@@ -40,10 +40,8 @@ impl Read for Rows {
         to: &[u8],
         limit: usize,
     ) -> io::Result<Vec<Row>> {
-        let mut rows = self.scan(table, from, Some(to), usize::MAX)?;
-        rows.reverse();
-        rows.truncate(limit);
-        Ok(rows)
+        let rows = self.0.range((table, from.to_vec())..(table, to.to_vec())).rev();
+        Ok(rows.take(limit).map(|((_, key), value)| (key.clone(), value.clone())).collect())
     }
 }
 

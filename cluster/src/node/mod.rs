@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
 use crate::identity::Identity;
+use crate::service::Rate;
 use crate::storage::Db;
 use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
@@ -48,6 +49,9 @@ pub(crate) struct Node {
     stopping: AtomicBool,
     /// How much history is kept, while this member leads.
     retention: std::sync::Mutex<Retention>,
+    /// One permit for each watch that a client may have.
+    watch_slots: Arc<tokio::sync::Semaphore>,
+    rate: std::sync::Mutex<Rate>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
@@ -119,6 +123,16 @@ impl Node {
             Some(failure) => Err(failure.clone()),
             None => Ok(()),
         }
+    }
+
+    /// Whether a client may ask now.
+    pub(crate) fn take_turn(&self, client: &str) -> Result<(), StoreError> {
+        let mut rate = self.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if rate.take(client, Instant::now()) {
+            return Ok(());
+        }
+        let per_s = self.config.limits.client_requests_per_s;
+        Err(StoreError::TooOften { client: client.to_owned(), per_s })
     }
 
     /// Members, by id.

@@ -79,6 +79,19 @@ impl Node {
         consistency: Consistency,
         private: bool,
     ) -> Result<RangeResult, StoreError> {
+        self.range_within(prefix, after, limit, usize::MAX, consistency, private).await
+    }
+
+    /// The same, with an end at about `bytes` as well.
+    pub(crate) async fn range_within(
+        &self,
+        prefix: &str,
+        after: &str,
+        limit: usize,
+        bytes: usize,
+        consistency: Consistency,
+        private: bool,
+    ) -> Result<RangeResult, StoreError> {
         self.ready(consistency).await?;
         let limit = if limit == 0 { usize::MAX } else { limit };
         let start = if after >= prefix && !after.is_empty() {
@@ -88,7 +101,7 @@ impl Node {
         };
         let end = prefix_end(prefix.as_bytes());
         let read = |view: &View<'_>| {
-            let (mut kvs, mut more) = (Vec::new(), false);
+            let (mut kvs, mut more, mut size) = (Vec::new(), false, 0);
             for row in view.rows(Table::Data, &start)? {
                 let (key, value) = row?;
                 if end.as_ref().is_some_and(|end| key >= *end) {
@@ -98,10 +111,11 @@ impl Node {
                 if !private && key.starts_with(keys::PRIV) {
                     continue;
                 }
-                if kvs.len() == limit {
+                if kvs.len() == limit || size > bytes {
                     more = true;
                     break;
                 }
+                size += key.len() + value.len();
                 kvs.push(key_value(key, &value)?);
             }
             Ok(RangeResult { kvs, revision: Revision(revision(view)?), more })

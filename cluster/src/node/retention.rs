@@ -1,13 +1,16 @@
-//! What the leader decides about old history. The decision is in the command that it proposes: the
-//! state machine knows no clock and no settings.
+//! What the leader decides about old history and the size of the data. The decision is in the
+//! command that it proposes: the state machine knows no clock and no settings.
 
 use std::io;
 
 use super::Node;
 use super::write::unix_now_ms;
-use crate::config;
 use crate::consensus::{Forwarded, lead};
-use crate::machine::{Command, Lane, Read, Span, floor, journal, revision, unswept, written_at_ms};
+use crate::machine::{
+    Command, DataLimits, Lane, Read, Span, Usage, floor, journal, kept, limits, revision, unswept,
+    written_at_ms,
+};
+use crate::{Limits, Retention};
 
 /// The system's history is compacted when it is this much longer than wanted: in bulk.
 const SLACK: u64 = 1024;
@@ -20,7 +23,8 @@ const STEPS: usize = 8;
 pub(super) async fn keep(node: &Node) {
     for _ in 0..STEPS {
         let now_ms = unix_now_ms();
-        let wanted = node.db.view(|view| next_step(view, &node.retention(), now_ms));
+        let (retention, limits) = (node.retention(), data_limits(&node.config.limits));
+        let wanted = node.db.view(|view| next_step(view, &retention, limits, now_ms));
         let command = match wanted {
             Ok(Some(command)) => command,
             Ok(None) => return,
@@ -44,15 +48,21 @@ pub(super) async fn keep(node: &Node) {
 /// The next thing to do, if any.
 fn next_step(
     read: &impl Read,
-    retention: &config::Retention,
+    retention: &Retention,
+    wanted: DataLimits,
     now_ms: u64,
 ) -> io::Result<Option<Command>> {
+    if limits(read)? != Some(wanted) {
+        return Ok(Some(Command::Limit(wanted)));
+    }
     for lane in Lane::ALL {
         let (floor, last) = (floor(read, lane)?, revision(read)?);
         let (before, keep) = match lane {
             Lane::Files => {
                 let age_ms = u64::try_from(retention.file_age.as_millis()).unwrap_or(u64::MAX);
-                let before = first_younger(read, floor, now_ms.saturating_sub(age_ms))?;
+                let too_much = kept(read)?.bytes > retention.file_history_bytes;
+                let than_ms = if too_much { u64::MAX } else { now_ms.saturating_sub(age_ms) };
+                let before = first_younger(read, floor, than_ms)?;
                 (before, retention.file_versions)
             }
             Lane::Status | Lane::Private => {
@@ -67,6 +77,13 @@ fn next_step(
         }
     }
     Ok(None)
+}
+
+fn data_limits(limits: &Limits) -> DataLimits {
+    DataLimits {
+        files: Usage { keys: limits.files, bytes: limits.file_bytes },
+        system: Usage { keys: limits.records, bytes: limits.record_bytes },
+    }
 }
 
 /// How far the changes of people's files, from a revision on, were made before a time. Stamps are

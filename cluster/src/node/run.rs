@@ -4,11 +4,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::{Node, housekeeping};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::identity::{Identity, fingerprint};
+use crate::service::Rate;
 use crate::storage::Db;
 use crate::tls::member_client;
 use crate::{ClusterConfig, Leadership, OpenError};
@@ -52,6 +53,8 @@ pub(crate) async fn start(
         recovered: watch::channel(!db.lost_tail).0,
         sequence: AtomicU64::new(0),
         stopping: AtomicBool::new(false),
+        watch_slots: Arc::new(Semaphore::new(config.limits.client_watches)),
+        rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
         tasks: Mutex::new(Vec::new()),
         retention: Mutex::new(config.retention),
         config,

@@ -8,13 +8,26 @@ use proto::Revision;
 
 use super::Node;
 use crate::consensus::{Forward, Forwarded};
-use crate::machine::{Reply, TxnCommand, validate};
+use crate::machine::{Full, Reply, Share, TxnCommand, Unfit, validate};
 use crate::{KeyValue, StoreError, Txn, TxnOutcome};
 
 /// Milliseconds since 1970 by this machine's clock.
 pub(super) fn unix_now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn no_space(full: Full) -> StoreError {
+    StoreError::NoSpace {
+        what: match full.share {
+            Share::Files => "the files",
+            Share::System => "the system's records",
+        },
+        used_bytes: full.used.bytes,
+        used_keys: full.used.keys,
+        limit_bytes: full.limit.bytes,
+        limit_keys: full.limit.keys,
+    }
 }
 
 impl Node {
@@ -25,7 +38,10 @@ impl Node {
             command.author = format!("node {}", *self.label.borrow());
         }
         command.at_ms = unix_now_ms();
-        validate(&command).map_err(StoreError::Invalid)?;
+        validate(&command).map_err(|unfit| match unfit {
+            Unfit::Invalid(why) => StoreError::Invalid(why),
+            Unfit::TooLarge(why) => StoreError::TooLarge(why),
+        })?;
         if command.client.is_empty() {
             command.client.clone_from(&self.client);
             command.sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
@@ -48,6 +64,7 @@ impl Node {
                     .collect(),
             }),
             Forwarded::Reply(Reply::Forgotten) => Err(StoreError::Forgotten { client, sequence }),
+            Forwarded::Reply(Reply::Full(full)) => Err(no_space(full)),
             Forwarded::DiskFull { folder, free_bytes } => {
                 Err(StoreError::DiskFull { path: PathBuf::from(folder), free_bytes })
             }

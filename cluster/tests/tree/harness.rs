@@ -71,7 +71,7 @@ impl FileWriter for TestWriter {
             Err(error) => Err(match &error {
                 StoreError::NoQuorum { .. } => FileRefused::NoQuorum(error.to_string()),
                 StoreError::UnknownOutcome { .. } => FileRefused::Unknown(error.to_string()),
-                StoreError::Invalid(_) => FileRefused::TooLarge(error.to_string()),
+                StoreError::TooLarge(_) => FileRefused::TooLarge(error.to_string()),
                 StoreError::Private(_) => FileRefused::Denied(error.to_string()),
                 _ => FileRefused::Busy(error.to_string()),
             }),

@@ -1,6 +1,8 @@
 //! `Config`: the key-value store itself, for people and tools. Records and documents that have a
 //! service of their own are read here, and written there.
 
+use std::sync::Arc;
+
 use cluster::{
     Consistency, FileChange, KeyValue, ReadAtError, Txn, TxnOutcome, WatchError, WatchEvent,
 };
@@ -15,6 +17,7 @@ use tonic::{Request, Response, Status};
 use super::forward::{Caller, leader_channel};
 use super::{Answers, Api};
 use crate::documents::{self, Refusal, Wanted};
+use crate::node::Node;
 use crate::store::store_status;
 
 fn consistency(wanted: i32) -> Consistency {
@@ -78,14 +81,26 @@ fn txn(request: v1::TxnRequest) -> Result<Txn, Status> {
     Ok(txn)
 }
 
+impl Api {
+    /// The node and the caller, whose requests are counted. Those that come from other nodes were
+    /// counted there.
+    fn admitted<T>(&self, request: &Request<T>) -> Result<(Arc<Node>, Caller), Status> {
+        let (caller, node) = (Caller::of(request)?, self.node()?);
+        if !caller.is_forwarded() {
+            node.cluster().take_turn(&caller.user).map_err(|error| store_status(&error))?;
+        }
+        Ok((node, caller))
+    }
+}
+
 #[tonic::async_trait]
 impl Config for Api {
     async fn get(
         &self,
         request: Request<v1::GetRequest>,
     ) -> Result<Response<v1::GetResponse>, Status> {
-        Caller::of(&request)?;
-        let (node, message) = (self.node()?, request.into_inner());
+        let (node, _) = self.admitted(&request)?;
+        let message = request.into_inner();
         check_read(&message.key)?;
         if message.at_revision != 0 {
             let revision = Revision(message.at_revision);
@@ -102,14 +117,15 @@ impl Config for Api {
         &self,
         request: Request<v1::RangeRequest>,
     ) -> Result<Response<v1::RangeResponse>, Status> {
-        Caller::of(&request)?;
-        let (node, message) = (self.node()?, request.into_inner());
+        let (node, _) = self.admitted(&request)?;
+        let message = request.into_inner();
         check_read(&message.prefix)?;
         let limit = usize::try_from(message.limit).unwrap_or(usize::MAX);
         let (prefix, after) = (&message.prefix, &message.after);
         let range = if message.at_revision == 0 {
-            let got = node.cluster().range(prefix, after, limit, consistency(message.consistency));
-            got.await.map_err(|error| store_status(&error))?
+            let consistency = consistency(message.consistency);
+            let got = node.cluster().range_page(prefix, after, limit, consistency).await;
+            got.map_err(|error| store_status(&error))?
         } else {
             let revision = Revision(message.at_revision);
             node.cluster().range_at(prefix, after, limit, revision).await.map_err(past_status)?
@@ -125,7 +141,7 @@ impl Config for Api {
         &self,
         request: Request<v1::TxnRequest>,
     ) -> Result<Response<v1::TxnResponse>, Status> {
-        let (caller, node) = (Caller::of(&request)?, self.node()?);
+        let (node, caller) = self.admitted(&request)?;
         let txn = txn(request.into_inner())?.by(caller.user);
         let outcome = node.cluster().txn(txn).await.map_err(|error| store_status(&error))?;
         let revision = outcome.revision().0;
@@ -145,8 +161,8 @@ impl Config for Api {
         &self,
         request: Request<v1::HistoryRequest>,
     ) -> Result<Response<v1::HistoryResponse>, Status> {
-        Caller::of(&request)?;
-        let (node, message) = (self.node()?, request.into_inner());
+        let (node, _) = self.admitted(&request)?;
+        let message = request.into_inner();
         check_read(&message.prefix)?;
         let before = Revision(message.before_revision);
         let limit = usize::try_from(message.limit).unwrap_or(usize::MAX);
@@ -164,7 +180,7 @@ impl Config for Api {
         &self,
         request: Request<v1::CommitRequest>,
     ) -> Result<Response<v1::CommitResponse>, Status> {
-        let (node, caller) = (self.node()?, Caller::of(&request)?);
+        let (node, caller) = self.admitted(&request)?;
         let message = request.into_inner();
         let dry_run = message.dry_run;
         let changes: Vec<FileChange> = message.changes.iter().cloned().map(file_change).collect();
@@ -191,11 +207,12 @@ impl Config for Api {
         &self,
         request: Request<v1::WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        Caller::of(&request)?;
-        let (node, message) = (self.node()?, request.into_inner());
+        let (node, _) = self.admitted(&request)?;
+        let message = request.into_inner();
         check_read(&message.prefix)?;
         let from = Revision(message.from_revision);
-        let watch = node.cluster().watch(&message.prefix, from).map_err(|e| watch_status(&e))?;
+        let watch =
+            node.cluster().watch_for_client(&message.prefix, from).map_err(|e| watch_status(&e))?;
         let responses = watch.map(|batch| {
             let batch = batch.map_err(|error| watch_status(&error))?;
             let revision = batch.revision.0;
@@ -237,6 +254,7 @@ fn past_status(error: ReadAtError) -> Status {
 fn watch_status(error: &WatchError) -> Status {
     match error {
         WatchError::Compacted(_) => Status::out_of_range(error.to_string()),
+        WatchError::TooMany { .. } => Status::resource_exhausted(error.to_string()),
         WatchError::Store(error) => store_status(error),
     }
 }

@@ -86,7 +86,7 @@ pub(super) fn store_refused(error: &StoreError) -> FileRefused {
         StoreError::NoQuorum { .. } | StoreError::Recovering => FileRefused::NoQuorum(text),
         StoreError::UnknownOutcome { .. } => FileRefused::Unknown(text),
         StoreError::Private(_) => FileRefused::Denied(text),
-        StoreError::Invalid(_) => FileRefused::TooLarge(text),
+        StoreError::TooLarge(_) => FileRefused::TooLarge(text),
         _ => FileRefused::Busy(text),
     }
 }
