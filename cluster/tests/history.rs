@@ -140,7 +140,7 @@ fn old_versions_go_by_age_but_the_last_ones_of_each_file_stay() -> Outcome {
 #[test]
 fn what_is_too_much_is_refused_in_words_that_help() -> Outcome {
     let lab = Lab::with(1, |config| {
-        config.limits.file_bytes = 3 << 20;
+        config.limits.file_bytes = 4 << 20;
         config.limits.client_requests_per_s = 5;
     })?;
     lab.nodes[0].run(|c| async move {
@@ -164,6 +164,7 @@ fn what_is_too_much_is_refused_in_words_that_help() -> Outcome {
         assert!(matches!(refused, StoreError::NoSpace { .. }), "{refused:?}");
         assert!(refused.to_string().contains("delete"), "{refused}");
         assert!(c.txn(put("status/x", 1 << 20)).await?.committed());
+        assert!(c.txn(put("status/y", 1 << 20)).await?.committed());
         assert!(c.txn(Txn::new().delete("f0")).await?.committed());
         assert!(c.txn(put("f0", 100)).await?.committed());
         // A page for clients is no larger than a message.

@@ -98,7 +98,7 @@ fn a_slow_watcher_reads_on_in_the_history_and_one_that_is_too_slow_is_told() -> 
     let mut late = lab.nodes[0].cluster()?.watch("status/w/", Revision(0))?;
     let first = lab.nodes[0].run(|c| async move {
         let first = c.range("status/", "", 0, cluster::Consistency::Linearizable).await?.revision;
-        write(&c, "status/w/", 3000).await?;
+        write(&c, "status/w/", 200).await?;
         Outcome::Ok(first)
     })??;
     lab.wait("its beginning is compacted", |lab| {

@@ -9,6 +9,7 @@
 //! looked at once, when the sweep passes it: a version that stays then, because it is among the last
 //! of its key, goes when the sweep passes the changes that made it old.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use super::rows::number;
@@ -75,12 +76,17 @@ pub(super) fn compact<R: Read>(
     // Short of the last row the sweep may end in the middle of a revision: it is below the floor.
     let mut reached = if rows.len() < CHANGES_MAX { Some(to) } else { None };
     let mut last = from;
+    // One look at a key removes all that may go.
+    let mut trimmed = BTreeSet::new();
     for (row, key) in rows {
         let place = place_of(&row)?;
-        let key = String::from_utf8_lossy(&key).into_owned();
-        if budget.is_spent() || !trim(state, &key, floor, keep.max(1), &mut budget)? {
-            reached = Some(place);
-            break;
+        if !trimmed.contains(&key) {
+            let text = String::from_utf8_lossy(&key);
+            if budget.is_spent() || !trim(state, &text, floor, keep.max(1), &mut budget)? {
+                reached = Some(place);
+                break;
+            }
+            trimmed.insert(key);
         }
         last = place;
     }

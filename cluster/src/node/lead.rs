@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use super::Node;
 use crate::StoreError;
 use crate::consensus::{Forward, Forwarded, MemberNode, ask, change, lead};
-use crate::machine::Command;
+use crate::machine::{Command, Reply};
 use crate::storage::free_bytes;
 
 /// How long a member that is not known to lead may take to say who does.
@@ -126,6 +126,11 @@ impl Node {
                 Forwarded::DiskFull { folder, .. } if perhaps_done => {
                     return Err(StoreError::UnknownOutcome {
                         why: format!("{why}; then the leader's disk was full ({folder})"),
+                    });
+                }
+                Forwarded::Reply(Reply::Full(_)) if perhaps_done => {
+                    return Err(StoreError::UnknownOutcome {
+                        why: format!("{why}; then there was no space for it any more"),
                     });
                 }
                 answer => return Ok(answer),

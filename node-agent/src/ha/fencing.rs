@@ -102,7 +102,11 @@ where
 fn perhaps_written(error: &StoreError) -> bool {
     !matches!(
         error,
-        StoreError::NoQuorum { .. } | StoreError::DiskFull { .. } | StoreError::Invalid(_)
+        StoreError::NoQuorum { .. }
+            | StoreError::DiskFull { .. }
+            | StoreError::NoSpace { .. }
+            | StoreError::TooLarge(_)
+            | StoreError::Invalid(_)
     )
 }
 

@@ -261,11 +261,15 @@ async fn commit(
                     Err(error) => format!("the outcome cannot be read yet: {error}"),
                 }
             }
-            Err(StoreError::Invalid(why)) => return CommitOutcome::Refused(why),
+            Err(StoreError::Invalid(why) | StoreError::TooLarge(why)) => {
+                return CommitOutcome::Refused(why);
+            }
             // Nothing of it is in any log: the VM can go on here.
-            Err(error @ (StoreError::NoQuorum { .. } | StoreError::DiskFull { .. }))
-                if !may_be_written =>
-            {
+            Err(
+                error @ (StoreError::NoQuorum { .. }
+                | StoreError::DiskFull { .. }
+                | StoreError::NoSpace { .. }),
+            ) if !may_be_written => {
                 return CommitOutcome::Refused(error.to_string());
             }
             Err(error) => {
