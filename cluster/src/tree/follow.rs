@@ -26,7 +26,7 @@ pub(super) async fn follow(tree: Arc<Tree>) {
             Err(WatchError::Compacted(error)) => {
                 tracing::info!(%error, "the mounted tree reads everything again");
             }
-            Err(WatchError::Store(error)) => {
+            Err(error @ (WatchError::Store(_) | WatchError::TooMany { .. })) => {
                 tracing::debug!(%error, "the mounted tree cannot follow the store");
             }
         }
