@@ -91,8 +91,8 @@ pub struct Limits {
     pub file_bytes: u64,
     /// Their number.
     pub files: u64,
-    /// The system's records, bytes. Apart from the files: these must not keep a node from being
-    /// fenced.
+    /// The system's records, bytes. Only what people make more of is refused for it (new VMs, join
+    /// tokens): nothing keeps a node from being fenced.
     pub record_bytes: u64,
     /// Their number.
     pub records: u64,

@@ -179,3 +179,37 @@ fn what_is_too_much_is_refused_in_words_that_help() -> Outcome {
         Outcome::Ok(())
     })?
 }
+
+#[test]
+fn versions_that_take_too_much_go_before_their_age_but_not_the_last_ones() -> Outcome {
+    let lab = Lab::with(1, |config| {
+        config.retention.file_versions = 1;
+        config.retention.file_history_bytes = 10_000;
+    })?;
+    let last = lab.nodes[0].run(|c| async move {
+        let mut last = Revision(0);
+        for _ in 0..30 {
+            let writes = (0..50u64).map(|n| {
+                let c = c.clone();
+                tokio::spawn(async move { c.txn(Txn::new().put("a", n.to_string())).await })
+            });
+            for written in futures::future::join_all(writes).await {
+                last = last.max(written??.revision());
+            }
+        }
+        Outcome::Ok(last)
+    })??;
+    let at = |revision: u64| {
+        lab.nodes[0].run(move |c| async move { c.get_at("a", Revision(revision)).await })
+    };
+    let first = last.0 - 1490;
+    lab.wait("the first ones are gone", |_| {
+        Ok(matches!(at(first)?, Err(ReadAtError::Compacted(_))))
+    })?;
+    // The floor has come as far as it comes when this one is gone, too.
+    lab.wait("all old ones are gone", |_| {
+        Ok(matches!(at(last.0 - 1030)?, Err(ReadAtError::Compacted(_))))
+    })?;
+    assert!(at(last.0 - 1000)??.is_some());
+    Ok(())
+}

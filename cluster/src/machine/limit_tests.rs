@@ -47,8 +47,29 @@ fn full_data_takes_deletes_and_the_systems_records_but_nothing_more() -> io::Res
     assert!(matches!(write(&[("d", Some(1))])?, Reply::Full(_)));
     assert!(matches!(write(&[("c", None), ("d", Some(1))])?, Reply::Committed { .. }));
     assert!(matches!(write(&[("a", None), ("b", None), ("d", None)])?, Reply::Committed { .. }));
-    assert!(matches!(write(&[("status/y", Some(9000))])?, Reply::Full(_)));
     assert_eq!(used(&rows, Share::Files)?, Usage::default());
+    Ok(())
+}
+
+#[test]
+fn the_systems_own_records_are_taken_however_full_it_is() -> io::Result<()> {
+    let mut rows = limited(Usage { keys: 100, bytes: 100_000 })?;
+    let mut write = |writes: &[(&str, Option<usize>)]| rows.apply(2, &Command::Txn(txn(writes)));
+    // People's: a new VM's placement comes with its document; a join token.
+    let vm = [("vms/a.toml", Some(10)), ("status/vms/a", Some(9900))];
+    assert!(matches!(write(&vm)?, Reply::Committed { .. }));
+    let vm = [("vms/b.toml", Some(10)), ("status/vms/b", Some(500))];
+    let Reply::Full(full) = write(&vm)? else { panic!("it was taken") };
+    assert_eq!(full.share, Share::System);
+    assert!(matches!(write(&[("priv/tokens/t", Some(500))])?, Reply::Full(_)));
+    // The system's: a leader's epoch, a node that is fenced, with the VMs' events.
+    assert!(matches!(write(&[("status/ha/leader", Some(500))])?, Reply::Committed { .. }));
+    let fencing = [("status/fenced/2", Some(200)), ("status/vms/a", Some(12_000))];
+    assert!(matches!(write(&fencing)?, Reply::Committed { .. }));
+    // Over the limit, what makes it smaller is taken from everyone.
+    let delete = [("vms/a.toml", None), ("status/vms/a", None)];
+    assert!(matches!(write(&delete)?, Reply::Committed { .. }));
+    assert!(matches!(write(&vm)?, Reply::Committed { .. }));
     Ok(())
 }
 

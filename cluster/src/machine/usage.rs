@@ -1,8 +1,10 @@
 //! How much the data takes, and how much it may take. Counted with each write; the limits are part
 //! of the state, so that every node refuses the same transaction.
 //!
-//! People's files and the system's records have limits of their own: a file that is copied into the
-//! tree must not keep a node from being fenced. Rows of the Machine table: `used files`,
+//! People's files and the system's records have limits of their own, and the second holds only for
+//! what people make more of: transactions that write files too (a new VM has records), and join
+//! tokens. Leases, fencing, placements, a node's own records are never refused for want of space:
+//! nobody else than the system writes them, and their number follows from the files'. Rows of the Machine table: `used files`,
 //! `used system`, `kept files` (versions), `limits`.
 
 use std::io;
@@ -11,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::command::KeyWrite;
 use super::{Lane, Overlay, Read, Record, Table, decode, encode};
+
+/// Join tokens: people make them.
+const TOKENS: &str = "priv/tokens/";
 
 /// Whose part of the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +89,15 @@ pub(super) fn set_limits<R: Read>(
     Ok(())
 }
 
+/// Whether a transaction is refused where it makes a share too large.
+fn is_bounded(share: Share, writes: &[KeyWrite]) -> bool {
+    let by_people = |key: &str| Share::of(key) == Share::Files || key.starts_with(TOKENS);
+    match share {
+        Share::Files => true,
+        Share::System => writes.iter().any(|write| by_people(&write.key)),
+    }
+}
+
 /// Counts writes, `old` being what each replaces; or says why they may not be done. What makes the
 /// data smaller is always allowed.
 pub(super) fn count<R: Read>(
@@ -113,10 +127,11 @@ pub(super) fn count<R: Read>(
             keys: (used.keys + more.keys).saturating_sub(less.keys),
             bytes: (used.bytes + more.bytes).saturating_sub(less.bytes),
         };
-        let limit = limits.as_ref().map(|limits| match share {
-            Share::Files => limits.files,
-            Share::System => limits.system,
-        });
+        let limit =
+            limits.as_ref().filter(|_| is_bounded(share, writes)).map(|limits| match share {
+                Share::Files => limits.files,
+                Share::System => limits.system,
+            });
         if let Some(limit) = limit {
             let too_many = more.keys > less.keys && then.keys > limit.keys;
             let too_much = more.bytes > less.bytes && then.bytes > limit.bytes;

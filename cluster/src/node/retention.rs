@@ -12,7 +12,8 @@ use crate::machine::{
 };
 use crate::{Limits, Retention};
 
-/// The system's history is compacted when it is this much longer than wanted: in bulk.
+/// The system's history is compacted when it is this much longer than wanted: in bulk. That of
+/// files keeps as many revisions, however large.
 const SLACK: u64 = 1024;
 /// Changes of people's files whose age is looked at in one turn.
 const LOOKED_AT: usize = 64;
@@ -62,7 +63,11 @@ fn next_step(
                 let age_ms = u64::try_from(retention.file_age.as_millis()).unwrap_or(u64::MAX);
                 let too_much = kept(read)?.bytes > retention.file_history_bytes;
                 let than_ms = if too_much { u64::MAX } else { now_ms.saturating_sub(age_ms) };
-                let before = first_younger(read, floor, than_ms)?;
+                let mut before = first_younger(read, floor, than_ms)?;
+                if too_much {
+                    // Watches that are a little behind, and reads of a moment ago, go on.
+                    before = before.min(last.saturating_sub(SLACK)).max(floor);
+                }
                 (before, retention.file_versions)
             }
             Lane::Status | Lane::Private => {
