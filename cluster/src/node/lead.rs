@@ -92,13 +92,10 @@ impl Node {
             let metrics = self.metrics();
             let leader = hint.take().or(metrics.current_leader);
             let answer = match leader {
-                // Somebody else may know: the leader does not reach a node whose address changed.
                 None => {
                     turn += 1;
-                    match self.other(turn) {
-                        Some(id) => self.ask_member(id, &asked, left.min(ELSEWHERE)).await,
-                        None => Forwarded::NotLeader { leader: None },
-                    }
+                    let leader = self.ask_who_leads(turn, left.min(ELSEWHERE)).await;
+                    Forwarded::NotLeader { leader }
                 }
                 Some(id) if id == self.id().0 => {
                     match tokio::time::timeout(left, self.lead(asked.clone(), left)).await {
@@ -137,6 +134,17 @@ impl Node {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             tokio::time::sleep(PAUSE.min(left)).await;
+        }
+    }
+
+    /// Somebody else may know who leads: the leader does not reach a node whose address changed. The
+    /// request itself is not sent there: one that does not answer would leave its outcome open.
+    async fn ask_who_leads(&self, turn: usize, left: Duration) -> Option<u64> {
+        let id = self.other(turn)?;
+        match self.ask_member(id, &Forward::Progress, left).await {
+            Forwarded::Progress(_) => Some(id),
+            Forwarded::NotLeader { leader } => leader,
+            _ => None,
         }
     }
 
