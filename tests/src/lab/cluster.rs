@@ -111,19 +111,21 @@ impl Lab {
         })
     }
 
-    /// Waits until every node is a voter, there is a quorum, and the leader heard from each.
+    /// Waits until as many nodes vote as the cluster has voters (an odd number up to seven, but two
+    /// of two), there is a quorum, and the leader heard from each node.
     ///
     /// # Errors
     /// If that does not come about in time.
     pub fn wait_healthy(&self, asked: u32) -> anyhow::Result<()> {
         let nodes = self.numbers().len();
-        wait_until(SETTLE, "all nodes are voters and online", || {
+        let wanted = if nodes <= 2 { nodes } else { (nodes - (nodes + 1) % 2).min(7) };
+        wait_until(SETTLE, &format!("{wanted} nodes vote, all are online"), || {
             let status = self.ctl_json::<ClusterStatus>(asked, &["cluster", "status"]);
             let voters = |status: &ClusterStatus| {
                 let members = status.members.iter().filter_map(|member| member.member.as_ref());
                 members.filter(|member| member.voter).count()
             };
-            if !status.is_ok_and(|status| status.quorum && voters(&status) == nodes) {
+            if !status.is_ok_and(|status| status.quorum && voters(&status) == wanted) {
                 return Ok(false);
             }
             let ha = self.ctl_json::<HaStatus>(asked, &["ha", "status"]);
