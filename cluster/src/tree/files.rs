@@ -1,4 +1,4 @@
-//! Open files: opening, creating, saving, closing.
+//! Open files: opening, creating, reading, writing, saving.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -10,7 +10,7 @@ use super::buffer::{Buffer, Plan};
 use super::commit::Failure;
 use super::inode::Body;
 use super::names;
-use super::state::{Caller, Handle, State, Tree, bounded};
+use super::state::{Caller, Handle, Tree, bounded};
 use crate::{FileChange, FileRefused};
 
 /// Attempts to append where others do, too.
@@ -177,7 +177,8 @@ impl Tree {
         let mut state = self.lock();
         let inode = state.names.create(parent, name, opening.exclusive, now)?;
         state.names.pin(inode);
-        let Opening { write, append, .. } = opening;
+        // Whoever makes a file saves it, also one that may only read it.
+        let (write, append) = (true, opening.append);
         Ok((inode, state.open(Handle::File { inode, write, append, wrote: false })))
     }
 
@@ -307,139 +308,6 @@ impl Tree {
             }
             Ok(_) | Err(_) => Err(Errno::EIO),
         }
-    }
-
-    /// `close`: saves what was written through this number. An open file that is only created or
-    /// truncated yet waits: a shell closes a copy of it before its command writes.
-    pub(super) async fn flush(
-        self: &Arc<Self>,
-        handle: u64,
-        caller: Caller,
-        sync: bool,
-    ) -> Result<(), Errno> {
-        let inode = {
-            let mut state = self.lock();
-            match state.handles.get_mut(&handle) {
-                Some(Handle::File { inode, write: true, wrote, .. }) if *wrote || sync => {
-                    *wrote = false;
-                    *inode
-                }
-                Some(_) => return Ok(()),
-                None => return Err(Errno::EBADF),
-            }
-        };
-        let saved = bounded(self.save(inode, caller)).await;
-        if saved.is_err()
-            && let Some(Handle::File { wrote, .. }) = self.lock().handles.get_mut(&handle)
-        {
-            *wrote = true;
-        }
-        saved
-    }
-
-    /// The last `close`: nothing refers to this number any more, and no program hears of errors.
-    pub(super) async fn release(self: &Arc<Self>, handle: u64, caller: Caller) {
-        let removed = self.lock().handles.remove(&handle);
-        let Some(Handle::File { inode, write, .. }) = removed else { return };
-        if write {
-            let to_save = |state: &mut State| {
-                let file = state.names.file(inode).ok()?;
-                file.buffer.as_ref().map(|buffer| buffer.is_dirty() && !buffer.has_failed())
-            };
-            let last = {
-                let mut state = self.lock();
-                !state.has_writer(inode) && to_save(&mut state) == Some(true)
-            };
-            if last && let Err(error) = bounded(self.save(inode, caller)).await {
-                tracing::warn!(%error, "a file of the mounted tree was not saved");
-            }
-            if !self.lock().has_writer(inode) {
-                self.give_up(inode).await;
-            }
-        }
-        self.unpin(inode);
-    }
-
-    /// Nobody is left to save what could not be saved.
-    async fn give_up(&self, inode: u64) {
-        let stored = {
-            let mut state = self.lock();
-            let path = state.names.path(inode);
-            let Ok(file) = state.names.file(inode) else { return };
-            if !file.is_dirty() {
-                return;
-            }
-            (path, file.stored)
-        };
-        match stored {
-            (Ok(path), Some(_)) => {
-                if let Ok(Some((content, revision))) = self.source.content(&path).await
-                    && let Ok(file) = self.lock().names.file(inode)
-                    && let Some(buffer) = &mut file.buffer
-                {
-                    buffer.reset(content, revision);
-                    file.touched = None;
-                }
-            }
-            (Ok(_), None) => self.change(|names| ((), names.abandon(inode))),
-            (Err(_), _) => {}
-        }
-        self.notices.tell(vec![super::namespace::Stale::Inode(inode)]);
-    }
-
-    /// Lets go of a pinned inode; the content of a file that nobody has open is dropped.
-    pub(super) fn unpin(&self, inode: u64) {
-        let mut state = self.lock();
-        if state.names.get(inode).is_ok_and(|inode| inode.opens == 1)
-            && let Ok(file) = state.names.file(inode)
-            && file.stored.is_some()
-        {
-            file.buffer = None;
-        }
-        state.names.unpin(inode);
-    }
-
-    /// `truncate`: of an open file at its next save, of a path at once.
-    pub(super) async fn truncate(
-        self: &Arc<Self>,
-        inode: u64,
-        handle: Option<u64>,
-        size: u64,
-        caller: Caller,
-    ) -> Result<(), Errno> {
-        let path = self.lock().names.path(inode).unwrap_or_default();
-        self.may_write(caller, &path)?;
-        self.lock().names.pin(inode);
-        let done = bounded(self.truncate_pinned(inode, handle, size, caller)).await;
-        self.unpin(inode);
-        done
-    }
-
-    async fn truncate_pinned(
-        self: &Arc<Self>,
-        inode: u64,
-        handle: Option<u64>,
-        size: u64,
-        caller: Caller,
-    ) -> Result<(), Errno> {
-        self.load(inode).await?;
-        {
-            let mut state = self.lock();
-            let file = state.names.file(inode)?;
-            file.touched = Some(SystemTime::now());
-            file.buffer.as_mut().ok_or(Errno::EIO)?.truncate(size)?;
-            if let Some(Handle::File { wrote, write: true, .. }) =
-                handle.and_then(|handle| state.handles.get_mut(&handle))
-            {
-                *wrote = true;
-                return Ok(());
-            }
-        }
-        let saved = self.save(inode, caller).await;
-        if saved.is_err() && !self.lock().has_writer(inode) {
-            self.give_up(inode).await;
-        }
-        saved
     }
 
     /// Bytes of an open file or a generated one.

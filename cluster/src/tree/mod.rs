@@ -21,6 +21,7 @@
 mod attributes;
 mod buffer;
 mod change;
+mod closing;
 mod commit;
 mod files;
 mod follow;
@@ -36,6 +37,8 @@ mod shell;
 mod source;
 mod state;
 
+#[cfg(test)]
+mod closing_tests;
 #[cfg(test)]
 mod namespace_tests;
 

@@ -146,12 +146,6 @@ impl State {
         number
     }
 
-    /// Whether somebody has a file open for writing.
-    pub(super) fn has_writer(&self, wanted: u64) -> bool {
-        let writes = |handle: &Handle| matches!(handle, Handle::File { inode, write: true, .. } if *inode == wanted);
-        self.handles.values().any(writes)
-    }
-
     /// Adds a line to `.log`.
     pub(super) fn log(&mut self, line: LogLine) {
         if self.log.len() == LOG_MAX {
