@@ -73,6 +73,9 @@ impl Tree {
             return Ok(());
         }
         self.may_write(caller, &path)?;
+        if self.is_moved_by_hand(inode, caller) {
+            return Err(Errno::EPERM);
+        }
         bounded(async {
             let _names = self.names.read().await;
             let _order = self.in_order(inode).await;

@@ -18,7 +18,7 @@ use crate::{
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-const ROOT: Caller = Caller { uid: 0 };
+const ROOT: Caller = Caller { uid: 0, pid: 1 };
 const EMPTY_IT: Opening = Opening { write: true, append: false, truncate: true, exclusive: false };
 const WRITE: Opening = Opening { truncate: false, ..EMPTY_IT };
 const LIMIT: Duration = Duration::from_secs(20);

@@ -87,6 +87,15 @@ impl Tree {
         }
     }
 
+    /// As [`Tree::errno`], where one file is written: who may not write it is told why beside it.
+    pub(super) fn errno_at(&self, path: &str, failure: Failure) -> Errno {
+        if let Failure::Refused(refused @ FileRefused::Denied(_)) = &failure {
+            let reason = refused.to_string();
+            self.change(|names| ((), names.note(path, &reason)));
+        }
+        self.errno(failure)
+    }
+
     /// Whether a change may begin at all.
     pub(super) fn may_write(&self, caller: Caller, path: &str) -> Result<(), Errno> {
         caller.require_root()?;

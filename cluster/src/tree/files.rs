@@ -263,7 +263,7 @@ impl Tree {
                 return self.resolve(path, &at, plan).await;
             }
             Err(Failure::Refused(FileRefused::Unknown(_))) => self.look(path, plan).await?,
-            Err(failure) => return Err(self.errno(failure)),
+            Err(failure) => return Err(self.errno_at(path, failure)),
         };
         self.change(|names| {
             let mut stale = Vec::new();

@@ -4,6 +4,7 @@
 use std::ffi::OsStr;
 
 use nix::errno::Errno;
+use proto::documents::DocumentPath;
 use proto::keys;
 
 /// Longest name of one file or folder, bytes.
@@ -79,9 +80,23 @@ pub(super) fn is_private(path: &str) -> bool {
     path.starts_with(keys::PRIV) || path == keys::PRIV.trim_end_matches('/')
 }
 
-/// Whether a file is a document: one is never committed half-written, so not empty at its creation.
+/// Whether a file may be a document: one is never committed half-written, so not empty at its
+/// creation.
 pub(super) fn is_document(path: &str) -> bool {
     path.ends_with(".toml")
+}
+
+/// Whether a file stands for something: a VM, the cluster's storage. To take it from its path is
+/// to remove that.
+pub(super) fn is_object(path: &str) -> bool {
+    DocumentPath::of(path).is_some()
+}
+
+/// Names that a file seems to have. Editors look at this before they write: one that would rename a
+/// file to its backup and make a new one writes into the file itself where there are several, and
+/// keeps a copy for the backup. A VM must not go, not even while it is edited.
+pub(super) fn links(path: &str) -> u32 {
+    if is_object(path) { 2 } else { 1 }
 }
 
 /// Permission bits. Everything belongs to root; nothing stores modes, they follow from the path.
@@ -144,5 +159,17 @@ mod tests {
             assert_eq!(mode(path, folder), expected, "{path}");
         }
         assert!(mode_fits(0o600) && mode_fits(0o755) && !mode_fits(0o4755));
+    }
+
+    #[test]
+    fn what_stands_for_something_is_told_from_editors_files() {
+        for path in ["vms/web.toml", "nodes/n1.toml", "storage.toml"] {
+            assert!(is_object(path) && links(path) == 2, "{path}");
+        }
+        for path in
+            ["vms/web.toml~", "vms/.web.toml.swp", "vms/sedAbC", "notes.toml", "x/storage.toml"]
+        {
+            assert!(!is_object(path) && links(path) == 1, "{path}");
+        }
     }
 }

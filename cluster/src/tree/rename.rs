@@ -1,6 +1,7 @@
 //! Renames: of a file over another, of a whole folder in one commit.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use proto::Revision;
@@ -10,7 +11,7 @@ use super::commit::Failure;
 use super::inode::Body;
 use super::names::{self, PATH_MAX};
 use super::namespace::{Move, Namespace};
-use super::state::{Caller, Tree, bounded};
+use super::state::{Caller, Stayed, Tree, bounded};
 use crate::{FileChange, FileRefused};
 
 /// Most files that one rename of a folder moves.
@@ -19,6 +20,8 @@ const FILES_MAX: usize = 2000;
 const BYTES_MAX: usize = 2_500_000;
 /// Attempts while others change what is being moved.
 const TRIES: usize = 20;
+/// So long a program that could not rename a file may take to copy it.
+const BY_HAND: Duration = Duration::from_secs(10);
 
 /// From where to where.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +41,12 @@ enum Planned {
     Local(u64),
     /// It has to be saved first.
     SaveFirst(u64),
+    /// It stands for something that this would remove.
+    Stays {
+        inode: u64,
+        from: String,
+        to: String,
+    },
     Commit(Box<Moving>),
 }
 
@@ -78,6 +87,9 @@ impl Tree {
                         return Ok(());
                     }
                     Planned::SaveFirst(inode) => self.save_in_order(inode, caller).await?,
+                    Planned::Stays { inode, from, to } => {
+                        return Err(self.stays((inode, &from), &to, caller));
+                    }
                     Planned::Commit(moving) => {
                         self.may_write(caller, &moving.from)?;
                         self.may_write(caller, &moving.to)?;
@@ -90,6 +102,27 @@ impl Tree {
             Err(Errno::EAGAIN)
         })
         .await
+    }
+
+    /// Says why a document was not moved away, and remembers for whom.
+    fn stays(&self, (inode, from): (u64, &str), to: &str, caller: Caller) -> Errno {
+        let reason = format!(
+            "{from} was not renamed to {to}: that would remove what the document stands for; write \
+             into it, or rename another file over it (a backup is a copy, `cp`)"
+        );
+        tracing::info!(%reason, "a change in the mounted tree was refused");
+        self.lock().stayed = Some(Stayed { inode, pid: caller.pid, at: Instant::now() });
+        self.change(|names| ((), names.note(from, &reason)));
+        Errno::EPERM
+    }
+
+    /// Whether a document stays although it is to be removed: the very program was just told that
+    /// it cannot be moved away, and does it by hand (it has copied it).
+    pub(super) fn is_moved_by_hand(&self, inode: u64, caller: Caller) -> bool {
+        let mut state = self.lock();
+        let same = |stayed: &mut Stayed| stayed.inode == inode && stayed.pid == caller.pid;
+        let stayed = state.stayed.take_if(same);
+        stayed.is_some_and(|stayed| stayed.at.elapsed() < BY_HAND)
     }
 
     /// One attempt; false: somebody changed what is being moved.
@@ -119,7 +152,7 @@ impl Tree {
                 let occupied = rename.no_replace && path == moving.to;
                 return if occupied { Err(Errno::EEXIST) } else { Ok(false) };
             }
-            Err(failure) => return Err(self.errno(failure)),
+            Err(failure) => return Err(self.errno_at(&moving.to, failure)),
         };
         if let Some(plan) = &moving.unsaved
             && let Ok(file) = self.lock().names.file(moving.inode)
@@ -245,6 +278,9 @@ fn plan(names: &Namespace, rename: Rename<'_>) -> Result<Planned, Errno> {
     match file.stored {
         None if target_stored => Ok(Planned::SaveFirst(inode)),
         None => Ok(Planned::Local(inode)),
+        Some(_) if names::is_object(&from) && !names::is_object(&to) => {
+            Ok(Planned::Stays { inode, from: from.clone(), to: to.clone() })
+        }
         Some(stored) => {
             let unsaved = file.buffer.as_ref().and_then(super::buffer::Buffer::plan);
             let keys = vec![(from.clone(), stored.revision)];

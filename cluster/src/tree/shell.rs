@@ -34,7 +34,7 @@ fn code(errno: Errno) -> Code {
 }
 
 fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid() }
+    Caller { uid: request.uid(), pid: request.pid() }
 }
 
 impl Shell {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use tokio::sync::watch;
@@ -44,6 +44,16 @@ pub(super) struct State {
     pub(super) placements: BTreeMap<String, Vec<u8>>,
     /// For `.log`, the oldest first.
     pub(super) log: VecDeque<LogLine>,
+    /// The last document that was not moved away.
+    pub(super) stayed: Option<Stayed>,
+}
+
+/// A document that somebody wanted to move away.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stayed {
+    pub(super) inode: u64,
+    pub(super) pid: u32,
+    pub(super) at: Instant,
 }
 
 /// One change, as `.log` shows it.
@@ -75,6 +85,7 @@ pub(super) enum Handle {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Caller {
     pub(super) uid: u32,
+    pub(super) pid: u32,
 }
 
 impl Caller {
@@ -101,6 +112,7 @@ impl Tree {
                 next_handle: 1,
                 placements: BTreeMap::new(),
                 log: VecDeque::new(),
+                stayed: None,
             }),
         }
     }

@@ -10,6 +10,7 @@ mod skip;
 mod crash;
 mod harness;
 mod members;
+mod objects;
 mod posix;
 mod programs;
 mod random;
