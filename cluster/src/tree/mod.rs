@@ -42,4 +42,4 @@ mod closing_tests;
 #[cfg(test)]
 mod namespace_tests;
 
-pub use mount::{Mount, MountError, TreeConfig};
+pub use mount::{Mount, MountError, TreeConfig, leave_all};

@@ -44,9 +44,12 @@ pub struct TreeConfig {
 /// Why the tree was not mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
+    /// Only root mounts.
+    #[error("mounting needs root; run the agent as root, or set `mount = \"off\"` under [tree]")]
+    NotRoot,
     /// The kernel has no FUSE, or this process may not use it.
     #[error(
-        "{DEVICE} cannot be used: {0}; load the module `fuse`, and run the agent as root (or set `mount = \"off\"` under [tree])"
+        "{DEVICE} cannot be used: {0}; load the module `fuse`, or set `mount = \"off\"` under [tree]"
     )]
     NoFuse(#[source] io::Error),
     /// Another agent's mount, alive.
@@ -93,9 +96,12 @@ impl Mount {
         writer: Arc<dyn FileWriter>,
         config: TreeConfig,
     ) -> Result<Self, MountError> {
-        let path = prepare(&config.mount).await?;
+        if !nix::unistd::geteuid().is_root() {
+            return Err(MountError::NotRoot);
+        }
         let device = File::options().read(true).write(true).open(DEVICE);
         let device = device.map_err(MountError::NoFuse)?;
+        let path = prepare(&config.mount).await?;
         let node = cluster.node().clone();
         let tree = Arc::new(Tree::new(cluster, node, writer));
         let tasks = vec![
@@ -148,6 +154,20 @@ impl Drop for Mount {
             detach(&self.path);
         }
     }
+}
+
+/// Takes all trees out of the mount namespace of this thread, which must be one of its own: a
+/// process that outlives the agent would keep them mounted for ever.
+///
+/// # Errors
+/// What the system says.
+pub fn leave_all() -> io::Result<()> {
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo")?;
+    // The last one is the uppermost.
+    for point in mounts.lines().rev().filter_map(point_of_tree) {
+        umount2(Path::new(&point), MntFlags::MNT_DETACH)?;
+    }
+    Ok(())
 }
 
 /// Takes the uppermost mount away at once; whoever still uses it keeps it until they are done.
@@ -249,11 +269,13 @@ async fn look(wanted: &Path) -> Result<Look, MountError> {
 fn is_mounted(path: &Path) -> io::Result<bool> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     let path = path.to_string_lossy();
-    let at = |line: &str| {
-        let point = line.split(' ').nth(4).map(unescape);
-        point.as_deref() == Some(&*path) && line.contains(" - fuse.holdfast ")
-    };
-    Ok(mounts.lines().any(at))
+    Ok(mounts.lines().filter_map(point_of_tree).any(|point| point == path))
+}
+
+/// Where a line of mountinfo says that a tree is mounted.
+fn point_of_tree(line: &str) -> Option<String> {
+    let tree = line.contains(" - fuse.holdfast ");
+    tree.then(|| line.split(' ').nth(4).map(unescape)).flatten()
 }
 
 /// Undoes the octal escapes of mountinfo.

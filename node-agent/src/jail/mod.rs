@@ -26,6 +26,9 @@ pub enum JailError {
         /// The kernel's reason.
         errno: Errno,
     },
+    /// The agent's mounted tree.
+    #[error("jail: cannot leave the mounted tree: {0}")]
+    Tree(#[source] std::io::Error),
     /// The filter.
     #[error("jail: seccomp: {0}")]
     Seccomp(#[from] seccomp::FilterError),
@@ -36,7 +39,8 @@ fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
 }
 
 /// First half, while the process has one thread and is root: namespaces of its own. Mounts go on
-/// to follow the host's (a share that the host unmounts is not held here), never the other way.
+/// to follow the host's (a share that the host unmounts is not held here), never the other way. The
+/// agent's tree is not among them: it would be held for as long as the process lives.
 ///
 /// # Errors
 /// [`JailError::Step`].
@@ -49,7 +53,8 @@ pub fn enter_namespaces() -> Result<(), JailError> {
         Ok(()) => {
             let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
             mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)
-                .map_err(step("detaching mounts"))
+                .map_err(step("detaching mounts"))?;
+            cluster::tree::leave_all().map_err(JailError::Tree)
         }
         // A container may forbid it; the empty root below still hides the host's files.
         Err(Errno::EPERM) => Ok(()),
