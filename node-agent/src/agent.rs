@@ -26,6 +26,7 @@ use tonic::Status;
 
 use crate::api::{self, Api, Former};
 use crate::config::{Config, Watchdog as WatchdogChoice};
+use crate::documents::Documents;
 use crate::ha::Leader;
 use crate::jobs::Jobs;
 use crate::lease::{self, Lease};
@@ -35,7 +36,7 @@ use crate::supervisor::{Supervisor, SupervisorConfig};
 use crate::task::TaskStore;
 use crate::vms::Shutdowns;
 use crate::watchdog::Watchdog;
-use crate::{ha, hardware, leading, reconcile, telemetry};
+use crate::{ha, hardware, leading, reconcile, telemetry, tree};
 
 /// The exit status of [`Ended::Removed`]. The systemd unit does not start the agent again after it.
 pub const EXIT_REMOVED: u8 = 3;
@@ -65,6 +66,8 @@ pub struct Agent {
     /// Why a member cannot go on.
     failure: mpsc::UnboundedSender<Ended>,
     threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
+    /// Keeps the tree mounted until the agent ends.
+    tree: std::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
     /// Locked until the agent has ended: another one would adopt, and end, this one's VMs.
     run_folder: std::sync::Mutex<Option<File>>,
     /// Opened before the database where an earlier agent's lease allows it, see `lease`.
@@ -145,6 +148,7 @@ impl Agent {
             stop,
             failure,
             threads: std::sync::Mutex::default(),
+            tree: std::sync::Mutex::default(),
             run_folder,
             early_watchdog: std::sync::Mutex::new(early_watchdog),
         });
@@ -241,6 +245,10 @@ impl Agent {
         self.background(ha::run(node.clone()));
         self.background(keep_record(node.clone()));
         self.background(leading::leave_while_drained(node.clone()));
+        let writer = Arc::new(Documents::new(node.clone()));
+        let tree = tree::run(node.config.tree.clone(), cluster.clone(), writer);
+        let tree = self.background(tree);
+        *self.tree.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(tree);
         self.background(self.clone().watch_member(node.clone(), cluster));
         let thread = lease::spawn(node, watchdog, stop.clone())?;
         self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
@@ -266,14 +274,17 @@ impl Agent {
         open_watchdog(&self.config, timing)
     }
 
-    fn background(&self, work: impl Future<Output = ()> + Send + 'static) {
+    fn background(
+        &self,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) -> tokio::task::JoinHandle<()> {
         let stop = self.stop.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = work => {}
             }
-        });
+        })
     }
 
     /// Ends the agent when its member cannot go on: removed, or its database broken.
@@ -294,6 +305,12 @@ impl Agent {
             node.cluster().hand_over().await;
         }
         self.stop.cancel();
+        let tree = self.tree.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(tree) = tree
+            && tokio::time::timeout(END_LIMIT, tree).await.is_err()
+        {
+            tracing::warn!("the tree is still being mounted; ending all the same");
+        }
         if let Some(node) = self.slot.swap(None) {
             let shutdown = node.cluster().shutdown();
             if tokio::time::timeout(END_LIMIT, shutdown).await.is_err() {

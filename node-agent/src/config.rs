@@ -112,6 +112,12 @@ impl Tree {
     pub fn path(&self) -> Option<&Path> {
         (self.mount != Path::new("off")).then_some(&*self.mount)
     }
+
+    /// Whether a path is in it. The agent reads nothing there: it would wait for itself.
+    #[must_use]
+    pub fn holds(&self, path: &Path) -> bool {
+        self.path().is_some_and(|mount| path.starts_with(mount))
+    }
 }
 
 /// Timings, in milliseconds. All nodes of a cluster must agree on `lease_ms`.
@@ -373,6 +379,16 @@ impl Config {
             let zone = self.node.zone.parse::<Name>();
             zone.map_err(|e| ConfigError::Value(format!("node.zone: {e}")))?;
         }
+        for (key, path) in [("data_dir", &self.data_dir), ("run_dir", &self.run_dir)] {
+            if self.tree.holds(path) {
+                return refuse(format!(
+                    "tree.mount = \"{}\" is refused: it would hide {key} = \"{}\"; give an empty \
+                     folder, or \"off\"",
+                    self.tree.mount.display(),
+                    path.display()
+                ));
+            }
+        }
         if self.uid_base < 1000 {
             return refuse(format!("uid_base = {} is refused: give 1000 or more", self.uid_base));
         }
@@ -516,6 +532,7 @@ mod tests {
             ("uid_base = 0", "uid_base"),
             ("[tree]\nmount = \"here\"", "an absolute path, or \"off\""),
             ("[node]\nzone = \"Rack 1\"", "node.zone"),
+            ("[tree]\nmount = \"/var/lib\"", "it would hide data_dir"),
         ] {
             std::fs::write(&path, text).unwrap();
             let flags = Flags { config: Some(path.clone()), ..Flags::default() };

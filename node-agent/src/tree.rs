@@ -1,10 +1,10 @@
 //! The mounted tree of this node: mounted as long as the agent is a member, tried again where it
-//! cannot be. The agent works without it.
+//! cannot be. The agent works without it, and never looks into it: it would wait for itself.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::tree::{Mount, TreeConfig};
+use cluster::tree::{Mount, MountError, TreeConfig};
 use cluster::{Cluster, FileWriter};
 
 use crate::config::Tree;
@@ -23,6 +23,10 @@ pub async fn run(config: Tree, cluster: Cluster, writer: Arc<dyn FileWriter>) {
                 said.clear();
                 mount.ended().await;
                 tracing::warn!(path = %path.display(), "somebody unmounted the tree");
+            }
+            Err(error @ MountError::NotRoot) => {
+                tracing::warn!("the tree is not mounted: {error}");
+                return;
             }
             Err(error) => {
                 let text = error.to_string();

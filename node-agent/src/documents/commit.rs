@@ -221,6 +221,15 @@ async fn look(
     }
     let (make, dry_run) = (wanted.make_folders, wanted.dry_run);
     for (path, record) in plan.new_pools.clone() {
+        if node.config.tree.holds(record.path.as_ref()) {
+            let reason = format!(
+                "pool `{}`: {} is in the mounted tree of the configuration itself; choose a folder \
+                 of a disk",
+                record.name, record.path
+            );
+            refused(&path, &Status::invalid_argument(reason));
+            continue;
+        }
         let made = tokio::task::spawn_blocking(move || {
             if !make {
                 Pool::check_folder(&record)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use node_agent::agent::Agent;
-use node_agent::config::{Config, Watchdog};
+use node_agent::config::{Config, Tree, Watchdog};
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::storage_client::StorageClient;
@@ -42,11 +42,12 @@ pub fn config(dir: &Path) -> Config {
         run_dir: dir.join("run"),
         watchdog: Watchdog::None,
         allow_ha_without_watchdog: true,
+        tree: Tree { mount: "off".into() },
         ..Config::default()
     }
 }
 
-async fn connect(socket: PathBuf) -> Channel {
+pub async fn connect(socket: PathBuf) -> Channel {
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
         async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
