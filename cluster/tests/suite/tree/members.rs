@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use cluster::Txn;
 use nix::errno::Errno;
 
+use super::harness::{Mounted, can_mount, close, create, errno, failure, names, open, wait, write};
 use crate::common::Outcome;
-use crate::harness::{Mounted, can_mount, close, create, errno, failure, names, open, wait, write};
 
 #[test]
 fn a_change_is_seen_on_every_member_at_once() -> Outcome {

@@ -1,12 +1,10 @@
 //! What was acknowledged outlives SIGKILL. The test runs itself again as the process that is killed.
 
-mod common;
-
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
+use crate::common::Outcome;
 use cluster::{ClusterConfig, Consistency, Opened, Txn, open};
-use common::Outcome;
 
 const FOLDER: &str = "HOLDFAST_TEST_FOLDER";
 
@@ -42,7 +40,7 @@ fn acknowledged_writes_outlive_sigkill() -> Outcome {
     let mut acknowledged = Vec::new();
     for round in 0..3 {
         let mut child = Command::new(std::env::current_exe()?)
-            .args(["--exact", "child_writes_until_it_is_killed", "--nocapture"])
+            .args(["--exact", "durability::child_writes_until_it_is_killed", "--nocapture"])
             .env(FOLDER, &folder)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use cluster::Consistency;
 
+use super::harness::{Mounted, can_mount, names, wait};
 use crate::common::Outcome;
-use crate::harness::{Mounted, can_mount, names, wait};
 
 /// Runs a script in a folder; fails with what it said.
 fn run(folder: &Path, script: &str) -> Outcome<String> {

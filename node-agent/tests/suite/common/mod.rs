@@ -2,10 +2,6 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
-#[path = "../../../tests/src/skip.rs"]
-pub(crate) mod skip;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -27,7 +23,7 @@ pub(crate) fn lacks_kvm_or_root() -> bool {
     } else {
         return false;
     };
-    skip::this_test(reason);
+    crate::skip::this_test(reason);
     true
 }
 

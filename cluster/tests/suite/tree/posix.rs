@@ -13,8 +13,8 @@ use cluster::Txn;
 use nix::errno::Errno;
 use nix::fcntl::RenameFlags;
 
+use super::harness::{Mounted, can_mount, close, create, errno, failure, names, open, wait, write};
 use crate::common::Outcome;
-use crate::harness::{Mounted, can_mount, close, create, errno, failure, names, open, wait, write};
 
 #[test]
 fn files_are_written_read_and_shared_by_all_who_have_them_open() -> Outcome {

@@ -1,11 +1,10 @@
 //! Whole agents in this process, on loopback: forming a cluster, the checks of `vm create`, what is
 //! refused without a quorum. VM processes are not needed here. Root is: the local socket is its.
 
-mod rig;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::rig::Rig;
 use node_agent::agent::Agent;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::storage_client::StorageClient;
@@ -14,7 +13,6 @@ use proto::v1::{
     ClusterStatusRequest, CreateNetworkRequest, CreateTokenRequest, CreateVmRequest, InitRequest,
     ListVmsRequest, MigrateVmRequest, Network, RemoveNodeRequest, VmRequest,
 };
-use rig::Rig;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -65,7 +63,7 @@ async fn a_run_folder_has_one_agent() {
     let dir = tempfile::tempdir().unwrap();
     let first = Rig::new(dir.path()).await;
     let second = || {
-        let mut config = rig::config(dir.path());
+        let mut config = crate::rig::config(dir.path());
         config.data_dir = dir.path().join("other-data");
         config.socket = Some(dir.path().join("other.sock"));
         Agent::start(config, CancellationToken::new())

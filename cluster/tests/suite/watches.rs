@@ -1,11 +1,9 @@
 //! Watches: many at once, slow ones, those that come back, those that come too late.
 
-mod common;
-
 use std::time::Duration;
 
+use crate::common::{LIMIT, Lab, Outcome};
 use cluster::{Cluster, Txn, WatchBatch, WatchError, WatchEvent};
-use common::{LIMIT, Lab, Outcome};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use proto::Revision;

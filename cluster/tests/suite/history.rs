@@ -1,11 +1,9 @@
 //! Who changed what when, and what was then: on real members, through compaction.
 
-mod common;
-
 use std::time::Duration;
 
+use crate::common::{Lab, Outcome};
 use cluster::{Change, Cluster, ReadAtError, StoreError, Txn};
-use common::{Lab, Outcome};
 use proto::Revision;
 
 async fn put(cluster: &Cluster, key: &str, value: &str, author: &str) -> Outcome<Revision> {

@@ -1,13 +1,11 @@
 //! Live migration between two supervisors on loopback, with real VM processes.
 
-mod common;
-
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 
+use crate::common::{Node, is_in_order, lacks_kvm_or_root, launch, name};
 use async_trait::async_trait;
-use common::{Node, is_in_order, lacks_kvm_or_root, launch, name};
 use node_agent::migration::{
     CommitOutcome, Incoming, MigrationError, SourceOptions, TargetPeer, run_source,
 };
@@ -294,7 +292,7 @@ async fn an_agent_that_dies_while_it_commits_leaves_the_vm_paused_for_the_next()
         () = async { asking.await.unwrap() } => {}
     }
     // The agent's task is gone. The next agent finds the VM waiting, and reads the placement.
-    let config = common::config(pair.source.folder.path());
+    let config = crate::common::config(pair.source.folder.path());
     let (next, _exits) = node_agent::supervisor::Supervisor::new(config).unwrap();
     next.adopt_all().unwrap();
     assert_eq!(next.status(&pair.vm).await.unwrap().state, VmState::AwaitingCommit);

@@ -2,18 +2,13 @@
 //! guarded way in. Where there is no `/dev/fuse`, or no right to mount, each test says that it was
 //! skipped.
 
-#[path = "tree/harness.rs"]
 mod harness;
-mod rig;
-#[allow(unreachable_pub, reason = "it is the interface of another crate")]
-#[path = "../../tests/src/skip.rs"]
-mod skip;
 
 use std::time::{Duration, Instant};
 
+use crate::rig::Rig;
 use harness::{Mounted, WEB, can_mount, has, is_mounted, run, until};
 use node_agent::config::{Config, Tree};
-use rig::Rig;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_program_saves_a_vms_document_and_the_vm_stays_the_same() {
@@ -52,7 +47,7 @@ async fn every_program_saves_a_vms_document_and_the_vm_stays_the_same() {
     let mut cpus = 1;
     for (program, script) in &ways {
         if !has(program) || program == &"python3" && !has("nano") {
-            skip::skip("every_program_saves_a_vms_document", &format!("no {program} here"));
+            crate::skip::skip("every_program_saves_a_vms_document", &format!("no {program} here"));
             continue;
         }
         let said = node.shell(script).await.unwrap();
@@ -195,7 +190,7 @@ async fn where_it_cannot_be_mounted_the_agent_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("file"), "x").unwrap();
     let mount = dir.path().join("file/tree");
-    let rig = Rig::with(Config { tree: Tree { mount }, ..rig::config(dir.path()) }).await;
+    let rig = Rig::with(Config { tree: Tree { mount }, ..crate::rig::config(dir.path()) }).await;
     rig.init("n1").await;
     rig.online(1).await;
     assert!(rig.vms().await.is_empty());
@@ -260,7 +255,7 @@ fn a_vm_process_leaves_the_tree() {
     if own {
         assert!(!holds, "it holds the tree");
     } else {
-        skip::skip("a_vm_process_leaves_the_tree", "no mount namespaces here");
+        crate::skip::skip("a_vm_process_leaves_the_tree", "no mount namespaces here");
     }
     assert!(is_mounted(&top) && top.join("vms").is_dir(), "the host's own mount went");
     runtime.block_on(node.end());

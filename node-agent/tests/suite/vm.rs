@@ -2,20 +2,15 @@
 //! the next agent, live migration between two agents, stop. The guest is a flat firmware image that
 //! counts in memory for ever, which runs on every KVM (an emulated one too).
 
-mod rig;
-#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
-#[path = "../../tests/src/skip.rs"]
-mod skip;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::rig::Rig;
 use proto::v1::nodes_client::NodesClient;
 use proto::v1::{
     CreateVmRequest, FenceNodeRequest, MigrateVmRequest, ReleasedVm, ShutdownVmRequest, TaskRef,
     VmRequest,
 };
-use rig::Rig;
 use tonic::Status;
 
 /// Real mode, from the reset vector: `inc word [0x1000]; jmp` back to it.
@@ -37,14 +32,14 @@ fn config(dir: &Path, uid_base: u32) -> node_agent::config::Config {
     node_agent::config::Config {
         vm_program: Some(env!("CARGO_BIN_EXE_node-agent").into()),
         uid_base,
-        ..rig::config(dir)
+        ..crate::rig::config(dir)
     }
 }
 
 fn kvm_is_here() -> bool {
     let here = Path::new("/dev/kvm").exists();
     if !here {
-        skip::this_test("no /dev/kvm");
+        crate::skip::this_test("no /dev/kvm");
     }
     here
 }

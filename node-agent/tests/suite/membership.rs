@@ -1,9 +1,8 @@
 //! Nodes that leave: drain, removal, coming back. Whole agents in this process, on loopback.
 
-mod rig;
-
 use std::time::{Duration, Instant};
 
+use crate::rig::Rig;
 use proto::record::{Phase, Placement, RemovalRecord, RemovalState, Requested};
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::nodes_client::NodesClient;
@@ -13,7 +12,6 @@ use proto::v1::{
     TransferLeaderRequest,
 };
 use proto::{NodeId, keys};
-use rig::Rig;
 use tempfile::TempDir;
 use tonic::{Code, Status};
 
@@ -218,7 +216,7 @@ async fn a_renamed_node_is_called_so_everywhere_and_leadership_leaves_a_drained_
 async fn a_witness_is_given_no_vm_and_runs_none() {
     let (_dirs, rigs) = cluster(1).await;
     let dir = tempfile::tempdir().unwrap();
-    let mut config = rig::config(dir.path());
+    let mut config = crate::rig::config(dir.path());
     config.node.witness = true;
     let witness = Rig::with(config).await;
     witness.join(&rigs[0], "w").await;

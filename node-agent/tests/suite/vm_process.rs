@@ -1,11 +1,11 @@
 //! VM processes and their supervisor, on the host's own KVM.
 
-mod common;
-
 use std::fs;
 use std::time::Duration;
 
-use common::{LIMIT, Node, config, disk, is_in_order, lacks_kvm_or_root, launch, name, wait_for};
+use crate::common::{
+    LIMIT, Node, config, disk, is_in_order, lacks_kvm_or_root, launch, name, wait_for,
+};
 use futures::StreamExt;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

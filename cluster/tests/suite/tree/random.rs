@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
+use super::harness::{Mounted, can_mount, close, create, errno, names, open, wait, write};
 use crate::common::Outcome;
-use crate::harness::{Mounted, can_mount, close, create, errno, names, open, wait, write};
 
 /// Small and repeatable (Steele, Lea and Flood's SplitMix64).
 struct Random(u64);

@@ -1,13 +1,11 @@
 //! Tokens, certificates and bad input from strangers.
 
-mod common;
-
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::common::{LIMIT, Lab, Outcome, TestNode};
 use cluster::{JoinError, OpenError, Opened, open};
-use common::{LIMIT, Lab, Outcome, TestNode};
 use proto::v1;
 use proto::v1::enrolment_client::EnrolmentClient;
 use proto::v1::raft_client::RaftClient;

@@ -1,16 +1,14 @@
 //! Transactions, reads and watches on three members, through the loss of leaders and of everything.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::{LIMIT, Lab, Outcome};
 use cluster::{
     Cluster, Consistency, MembershipError, StoreError, Txn, TxnOutcome, WatchError, WatchEvent,
 };
-use common::{LIMIT, Lab, Outcome};
 use futures::StreamExt;
 use proto::{NodeId, Revision};
 
@@ -312,7 +310,7 @@ fn a_removed_node_learns_it_and_its_id_is_not_given_again() -> Outcome {
     assert!(lab.nodes[leader].start().is_err(), "a removed node must not come back");
     // Its name is free again, its id is not.
     let name = lab.nodes[leader].name.clone();
-    let mut newcomer = common::TestNode::new(&lab.folder().join("again"), &name)?;
+    let mut newcomer = crate::common::TestNode::new(&lab.folder().join("again"), &name)?;
     let token = lab.token(other)?;
     newcomer.join(&token)?;
     assert!(newcomer.cluster()?.node_id() > NodeId(3));

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use cluster::Txn;
 use nix::errno::Errno;
 
+use super::harness::{Mounted, can_mount, failure, wait};
 use crate::common::Outcome;
-use crate::harness::{Mounted, can_mount, failure, wait};
 
 /// Where the killed process mounts; set for it alone.
 const VARIABLE: &str = "HOLDFAST_TREE_CRASH";
@@ -49,7 +49,7 @@ fn what_a_killed_process_leaves_is_replaced() -> Outcome {
     fs::create_dir(&temporary)?;
     for _ in 0..2 {
         let mut victim = Command::new(std::env::current_exe()?);
-        victim.args(["--exact", "crash::victim", "--nocapture"]).env(VARIABLE, tree.folder());
+        victim.args(["--exact", "tree::crash::victim", "--nocapture"]).env(VARIABLE, tree.folder());
         victim.env("TMPDIR", &temporary);
         let mut victim = Victim(victim.stdout(Stdio::null()).spawn()?);
         wait("it has mounted", || root.join("mine").exists());

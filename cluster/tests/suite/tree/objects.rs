@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt as _;
 
 use nix::errno::Errno;
 
+use super::harness::{Mounted, can_mount, failure, wait, write};
 use crate::common::Outcome;
-use crate::harness::{Mounted, can_mount, failure, wait, write};
 
 #[test]
 fn documents_are_not_moved_away_and_say_so() -> Outcome {

@@ -1,13 +1,11 @@
 //! Bridges and taps, in a network namespace of the test's own.
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Node, launch, name};
+use crate::common::{LIMIT, Node, launch, name};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use node_agent::network::{NetworkError, Tap, VNET_HEADER_BYTES, ensure_bridge, rarp_frame};
@@ -16,7 +14,7 @@ use node_agent::supervisor::{Nic, Stop};
 /// Runs a test on a thread with its own network and its own view of /sys, which shows it.
 fn in_own_network<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
-        common::skip::this_test("needs root to make a network namespace");
+        crate::skip::this_test("needs root to make a network namespace");
         return;
     }
     let thread = std::thread::spawn(move || {
@@ -97,7 +95,7 @@ fn taps_are_plugged_in_and_vanish_with_their_owner() {
 
 #[test]
 fn a_vm_is_plugged_in_while_it_runs() {
-    if common::lacks_kvm_or_root() {
+    if crate::common::lacks_kvm_or_root() {
         return;
     }
     in_own_network(|| async {

@@ -1,11 +1,9 @@
 //! Who votes, who leads, what members are called and where they are, in a running cluster.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
+use crate::common::{Lab, Outcome};
 use cluster::{Cluster, Consistency, MembershipError, Txn};
-use common::{Lab, Outcome};
 use proto::record::{RemovalRecord, RemovalState};
 use proto::{NodeId, keys};
 
@@ -220,7 +218,7 @@ fn a_node_that_is_being_removed_takes_no_name() -> Outcome {
 #[test]
 fn a_witness_votes_and_leaves_the_lead_to_others() -> Outcome {
     let mut lab = Lab::new(2)?;
-    let mut witness = common::TestNode::new(lab.folder(), "w")?;
+    let mut witness = crate::common::TestNode::new(lab.folder(), "w")?;
     witness.config.witness = true;
     witness.config.zone = "far".to_owned();
     witness.join(&lab.token(0)?)?;

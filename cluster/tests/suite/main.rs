@@ -1,0 +1,14 @@
+//! All tests of whole members, in one program: each program more is a minute of building.
+
+mod common;
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../../tests/src/skip.rs"]
+mod skip;
+
+mod durability;
+mod history;
+mod joining;
+mod membership;
+mod replication;
+mod tree;
+mod watches;

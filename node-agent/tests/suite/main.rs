@@ -1,0 +1,16 @@
+//! All tests of whole agents and VM processes, in one program: each program more is minutes of
+//! building.
+
+mod common;
+mod rig;
+#[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../../tests/src/skip.rs"]
+mod skip;
+
+mod agent;
+mod membership;
+mod migration;
+mod network;
+mod tree;
+mod vm;
+mod vm_process;
