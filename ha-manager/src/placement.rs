@@ -1,7 +1,8 @@
 //! Which node can take a VM, and why the others cannot.
 //!
 //! Least loaded first: the share of memory that would be reserved, then the number of VMs, then
-//! the node's name. No preference is random, so the same cluster gives the same answer.
+//! the node's name. What a VM takes is [`proto::vm_needs_bytes`], by which its node's agent admits it
+//! as well. No preference is random, so the same cluster gives the same answer.
 //!
 //! Never: overcommits memory, or chooses a node that is not known to be well.
 
@@ -9,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use proto::record::{Phase, Placement};
-use proto::{Name, NodeId};
+use proto::{Name, NodeId, vm_needs_bytes};
 use serde::Serialize;
 
 use crate::detector::NodeState;
@@ -93,9 +94,10 @@ impl Load {
         }
     }
 
+    /// Counts a VM with this guest memory at `node`.
     pub(crate) fn add(&mut self, node: NodeId, memory_bytes: u64) {
         let reserved = self.0.entry(node).or_default();
-        reserved.memory_bytes = reserved.memory_bytes.saturating_add(memory_bytes);
+        reserved.memory_bytes = reserved.memory_bytes.saturating_add(vm_needs_bytes(memory_bytes));
         reserved.vms += 1;
     }
 
@@ -107,6 +109,7 @@ impl Load {
 /// A VM that looks for a place.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Wanted {
+    /// Of the guest; what its process takes beside it is counted here.
     pub(crate) memory_bytes: u64,
     /// Only this node may take it: its disks are there.
     pub(crate) bound_to: Option<NodeId>,
@@ -149,7 +152,8 @@ impl Placer<'_> {
         if wanted.bound_to.is_some_and(|bound_to| bound_to != node) {
             return Err(Denied::NotShared);
         }
-        let needed_bytes = self.load.get(node).memory_bytes.checked_add(wanted.memory_bytes);
+        let reserved_bytes = self.load.get(node).memory_bytes;
+        let needed_bytes = reserved_bytes.checked_add(vm_needs_bytes(wanted.memory_bytes));
         if needed_bytes.is_none_or(|needed_bytes| needed_bytes > view.record.memory_bytes) {
             return Err(Denied::Full);
         }
@@ -179,7 +183,8 @@ impl Placer<'_> {
     fn rank(&self, wanted: Wanted, node: NodeId) -> (bool, u128, u64) {
         let reserved = self.load.get(node);
         let capacity_bytes = self.state.nodes.get(&node).map_or(0, |view| view.record.memory_bytes);
-        let used_bytes = u128::from(reserved.memory_bytes) + u128::from(wanted.memory_bytes);
+        let used_bytes =
+            u128::from(reserved.memory_bytes) + u128::from(vm_needs_bytes(wanted.memory_bytes));
         let share = (used_bytes << 32) / u128::from(capacity_bytes.max(1));
         (wanted.avoid == Some(node), share, reserved.vms)
     }

@@ -75,7 +75,8 @@ fn refs(action: &Action) -> Vec<&VmRef> {
 fn reserved_mib(cluster: &Cluster, plan: &Plan) -> BTreeMap<NodeId, (u64, u64)> {
     let mut reserved: BTreeMap<NodeId, (u64, u64)> = BTreeMap::new();
     for vm in cluster.state.vms.values() {
-        let (at, mib) = (vm.placement.owner, vm.placement.memory_bytes / MIB);
+        let at = vm.placement.owner;
+        let mib = proto::vm_needs_bytes(vm.placement.memory_bytes) / MIB;
         match vm.placement.phase {
             Phase::Starting | Phase::Started | Phase::Stopping => {
                 reserved.entry(at).or_default().0 += mib
@@ -90,7 +91,7 @@ fn reserved_mib(cluster: &Cluster, plan: &Plan) -> BTreeMap<NodeId, (u64, u64)> 
     for action in &plan.actions {
         if let Action::Start { vm, to, .. } | Action::Migrate { vm, to, .. } = action {
             let memory_bytes = cluster.state.vms[&vm.name].placement.memory_bytes;
-            reserved.entry(*to).or_default().1 += memory_bytes / MIB;
+            reserved.entry(*to).or_default().1 += proto::vm_needs_bytes(memory_bytes) / MIB;
         }
     }
     reserved

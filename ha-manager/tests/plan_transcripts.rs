@@ -96,6 +96,26 @@ fn unplaceable_until_a_node_has_room() {
 }
 
 #[test]
+fn a_node_must_have_room_for_the_vms_process_too() {
+    // 256 MiB for the guest and 48 MiB for its process: what the node's agent will ask for.
+    let cluster = |node: u64| {
+        Cluster::new(&format!("node1 alive {node}MiB\nvm a on node1 recovering ha 256MiB"))
+            .actions()
+    };
+    assert_eq!(cluster(304), ["start a g3 r40 on node1"]);
+    assert!(cluster(303)[0].starts_with("unplaceable a"), "{:?}", cluster(303));
+    // And for that of each VM that is there already.
+    let two = |node: u64| {
+        Cluster::new(&format!(
+            "node1 alive {node}MiB\nvm a on node1 started 256MiB\nvm b on node1 recovering ha 256MiB"
+        ))
+        .actions()
+    };
+    assert_eq!(two(608), ["start b g3 r40 on node1"]);
+    assert!(two(607)[0].starts_with("unplaceable b"), "{:?}", two(607));
+}
+
+#[test]
 fn a_failed_start_is_tried_elsewhere_then_given_up() {
     let cluster = |failed: u32| {
         Cluster::new(&format!(
@@ -265,7 +285,7 @@ fn a_failed_migration_of_a_drain_backs_off() {
 fn nothing_is_drained_to_a_node_that_is_drained_dead_or_full() {
     let cluster = Cluster::new(
         "node1 alive drained\nnode2 alive drained\nnode3 dead fenced\nnode4 unknown\n\
-         node5 alive 255MiB\nvm a on node1 started",
+         node5 alive 303MiB\nvm a on node1 started",
     );
     assert!(cluster.actions().is_empty());
     let plan = cluster.plan();

@@ -21,7 +21,7 @@ pub use documents::{
     ValidatedVmSpec, VmSpec, parse_image, parse_mac,
 };
 pub use ids::{Generation, InvalidName, Name, NodeId, Revision, VmId};
-pub use size::{ByteSize, InvalidSize};
+pub use size::{ByteSize, InvalidSize, VM_OVERHEAD_BYTES, vm_needs_bytes};
 pub use time_span::{InvalidTimeSpan, TimeSpan};
 
 /// Generated messages, clients and servers of the package `holdfast.v1`.

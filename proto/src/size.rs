@@ -14,6 +14,17 @@ pub struct ByteSize(pub u64);
 #[error("`{0}` is not a size: write a number with KiB, MiB, GiB or TiB, as in 512MiB")]
 pub struct InvalidSize(pub String);
 
+/// What a VM's process takes of its node beside the guest's memory: page tables, queues, buffers,
+/// the process itself.
+pub const VM_OVERHEAD_BYTES: u64 = 48 << 20;
+
+/// What a VM takes of its node's memory. The one rule that placement, and the node's admission of a
+/// start, both count by: what the plan fits in, the node takes.
+#[must_use]
+pub const fn vm_needs_bytes(guest_memory_bytes: u64) -> u64 {
+    guest_memory_bytes.saturating_add(VM_OVERHEAD_BYTES)
+}
+
 const UNITS: [(&str, u32); 5] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10), ("", 0)];
 
 impl FromStr for ByteSize {

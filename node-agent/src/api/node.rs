@@ -172,8 +172,8 @@ async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
             memory_bytes: record.as_ref().map_or(told.memory_bytes, |record| record.memory_bytes),
             memory_reserved_bytes: owned()
                 .filter(|(_, p)| reserves(&p.value))
-                .map(|(_, p)| p.value.memory_bytes)
-                .sum(),
+                .map(|(_, p)| proto::vm_needs_bytes(p.value.memory_bytes))
+                .fold(0, u64::saturating_add),
             vms: owned().map(|(name, _)| name.to_string()).collect(),
             lease_age_ms: look.age_ms,
             watchdog: record.as_ref().map(|record| record.watchdog.clone()).unwrap_or_default(),

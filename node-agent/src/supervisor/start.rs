@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
-use proto::{ByteSize, Name};
+use proto::{ByteSize, Name, vm_needs_bytes};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -20,8 +20,6 @@ use crate::network::{NetworkError, ensure_bridge};
 use crate::vm_process::{ProcessLaunch, Startup};
 use crate::{clock, jail};
 
-/// What the VMM needs on top of the guest's memory: page tables, queues, buffers, the process.
-const OVERHEAD_BYTES: u64 = 48 << 20;
 /// User ids are spread over this many from `uid_base` on.
 const UID_RANGE: u32 = 50_000;
 
@@ -124,7 +122,7 @@ impl Supervisor {
         let files = self.files(&name);
         files.prepare()?;
         let cgroup = self.shared.config.cgroups.then(|| {
-            let memory_bytes = launch.spec.memory.0.saturating_add(OVERHEAD_BYTES);
+            let memory_bytes = vm_needs_bytes(launch.spec.memory.0);
             jail::cgroup::make(&self.shared.config.run_dir, &name, memory_bytes, launch.spec.cpus)
         });
         let process_launch = ProcessLaunch {
@@ -219,7 +217,7 @@ impl Supervisor {
 
     /// Takes the name, a user id and the memory, or says why not.
     fn reserve(&self, launch: &Launch) -> Result<Option<u32>, StartError> {
-        let memory_bytes = launch.spec.memory.0.saturating_add(OVERHEAD_BYTES);
+        let memory_bytes = vm_needs_bytes(launch.spec.memory.0);
         let mut vms = self.vms();
         if vms.contains_key(&launch.name) {
             return Err(StartError::AlreadyRunning(launch.name.clone()));
@@ -275,7 +273,7 @@ impl Entry {
     fn memory_bytes(&self) -> u64 {
         match self {
             Self::Starting { memory_bytes, .. } => *memory_bytes,
-            Self::Live(live) => live.state.memory_bytes.saturating_add(OVERHEAD_BYTES),
+            Self::Live(live) => vm_needs_bytes(live.state.memory_bytes),
         }
     }
 

@@ -7,7 +7,10 @@ use ha_manager::{Observations, VmView, check_target, place};
 use proto::record::{Phase, Placement, PoolRecord, Requested};
 use proto::v1::storage_client::StorageClient;
 use proto::v1::{CreateVmRequest, CreateVmResponse, ListImagesRequest};
-use proto::{ByteSize, Generation, Name, NodeId, Revision, ValidatedVmSpec, VmId, VmSpec, keys};
+use proto::{
+    ByteSize, Generation, Name, NodeId, Revision, VM_OVERHEAD_BYTES, ValidatedVmSpec, VmId, VmSpec,
+    keys, vm_needs_bytes,
+};
 use tonic::Status;
 
 use super::{image_uses, show, start};
@@ -86,11 +89,12 @@ pub(crate) fn choose(
 ) -> Result<NodeId, Status> {
     let nodes = || snapshot.state.nodes.values().map(|view| &view.record);
     if let Some(largest) = nodes().max_by_key(|record| record.memory_bytes)
-        && largest.memory_bytes < spec.memory.0
+        && largest.memory_bytes < vm_needs_bytes(spec.memory.0)
     {
         return Err(Status::invalid_argument(format!(
-            "memory = \"{}\" is more than any node has: the largest, {}, has {} for VMs",
+            "memory = \"{}\", with {} for its process, is more than any node has: the largest, {}, has {} for VMs",
             spec.memory,
+            ByteSize(VM_OVERHEAD_BYTES),
             largest.name,
             ByteSize(largest.memory_bytes >> 20 << 20)
         )));
