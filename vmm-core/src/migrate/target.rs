@@ -387,6 +387,10 @@ impl IncomingRound<'_> {
                 }
                 return Ok(end);
             }
+            if payload.is_empty() {
+                // Else a source could go on with them for ever.
+                return Err(StreamError::protocol("pages that are none").into());
+            }
             for record in Records::of(payload) {
                 let record = record?;
                 let (Record::Zero(run) | Record::Data(run, _)) = record;

@@ -118,6 +118,7 @@ fn pages_outside_memory_or_too_many_of_them_are_refused() {
         ("a wrapping run", pages(u64::MAX - 1, 4, 0, 0), "pages from page"),
         ("a wrapping address", pages(1 << 52, 1, 0, 0), "not guest memory"),
         ("no pages", pages(0, 0, 0, 0), "0 pages"),
+        ("a frame without any", frame(4, &[]), "pages that are none"),
         ("an unknown kind", pages(0, 1, 2, 0), "unknown kind"),
         ("fewer bytes than pages", pages(0, 2, 1, 4096), "ends too early"),
         ("more pages than there are", pages(0, u32::MAX, 0, 0), "more pages"),
