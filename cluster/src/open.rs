@@ -1,5 +1,6 @@
 //! Opening a data folder: a member goes on, a fresh one is initialized or joins.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,13 +55,17 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
             detail: "is missing: a member that forgot its votes must not take part; remove this node from the cluster, empty its data folder and join again".to_owned(),
         });
     }
-    let db = open_db(&config, lock).await?;
+    let db = open_db(&config, lock, Db::open).await?;
     Ok(Opened::Member(Cluster::new(node::start(config, identity, db).await?)))
 }
 
-async fn open_db(config: &ClusterConfig, lock: FolderLock) -> Result<Arc<Db>, OpenError> {
+async fn open_db(
+    config: &ClusterConfig,
+    lock: FolderLock,
+    open: fn(&Path, FolderLock) -> Result<Db, OpenError>,
+) -> Result<Arc<Db>, OpenError> {
     let folder = config.data_dir.clone();
-    let opened = tokio::task::spawn_blocking(move || Db::open(&folder, lock)).await;
+    let opened = tokio::task::spawn_blocking(move || open(&folder, lock)).await;
     let db = opened.map_err(|error| OpenError::Raft(error.to_string()))??;
     Ok(Arc::new(db))
 }
@@ -145,7 +150,7 @@ impl Uninitialized {
                     _ => {}
                 }
             }
-            let db = open_db(&self.config, lock).await?;
+            let db = open_db(&self.config, lock, Db::create).await?;
             let started = node::start((*self.config).clone(), identity, db.clone()).await;
             if started.is_err() {
                 db.close();

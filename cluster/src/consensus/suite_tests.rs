@@ -20,7 +20,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         use openraft::errors::ErrorSource;
         let folder = tempfile::tempdir().map_err(|error| failed(&error))?;
         let lock = FolderLock::take(folder.path()).map_err(|error| failed(&error))?;
-        let db = Arc::new(Db::open(folder.path(), lock).map_err(|error| failed(&error))?);
+        let db = Arc::new(Db::create(folder.path(), lock).map_err(|error| failed(&error))?);
         let machine = StateMachine::open(db.clone()).map_err(|error| failed(&error))?;
         Ok((folder, LogStore::new(db), machine))
     }

@@ -101,17 +101,28 @@ fn io_error(error: rocksdb::Error) -> io::Error {
 }
 
 impl Db {
-    /// Opens (or makes) the database in a locked data folder, and reads all of it once, so that
-    /// damage is found now and not when the cluster depends on this copy.
+    /// Makes the database of a new member in a locked data folder.
+    pub(crate) fn create(folder: &Path, lock: FolderLock) -> Result<Self, OpenError> {
+        Self::open_as(folder, lock, true)
+    }
+
+    /// Opens the database of a member, and reads all of it once, so that damage is found now and not
+    /// when the cluster depends on this copy. One that is not whole is refused: RocksDB would make an
+    /// empty one where the file that names the others is missing, and a member that forgot its vote
+    /// may give it twice.
     pub(crate) fn open(folder: &Path, lock: FolderLock) -> Result<Self, OpenError> {
+        Self::open_as(folder, lock, false)
+    }
+
+    fn open_as(folder: &Path, lock: FolderLock, new: bool) -> Result<Self, OpenError> {
         let fail = |error: io::Error| open_error(folder, &error);
         let path = folder.join("db");
         let descriptors = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), cf_options()));
-        let rocks = DB::open_cf_descriptors(&db_options(), &path, descriptors)
+        let rocks = DB::open_cf_descriptors(&db_options(new), &path, descriptors)
             .map_err(|error| fail(io_error(error)))?;
         let rocks = std::sync::Arc::new(rocks);
         check(&rocks).map_err(fail)?;
-        let lost_tail = begin(&rocks, folder)?;
+        let lost_tail = begin(&rocks, folder, new)?;
         let synced = rocks.clone();
         let flusher =
             Flusher::start(move || synced.flush_wal(true).map_err(io_error)).map_err(fail)?;
@@ -255,10 +266,10 @@ fn handle(rocks: &DB, cf: Cf) -> io::Result<&ColumnFamily> {
         .ok_or_else(|| io::Error::other(format!("column family {} is missing", cf.name())))
 }
 
-fn db_options() -> Options {
+fn db_options(new: bool) -> Options {
     let mut options = Options::default();
-    options.create_if_missing(true);
-    options.create_missing_column_families(true);
+    options.create_if_missing(new);
+    options.create_missing_column_families(new);
     // All families reach their files together, so that no file is ahead of another after a crash.
     options.set_atomic_flush(true);
     options.set_max_total_wal_size(64 << 20);
@@ -287,10 +298,16 @@ fn check(rocks: &DB) -> io::Result<()> {
 }
 
 /// Marks the database as in use; answers whether an unsynced tail may have been lost.
-fn begin(rocks: &DB, folder: &Path) -> Result<bool, OpenError> {
+fn begin(rocks: &DB, folder: &Path, new: bool) -> Result<bool, OpenError> {
     let fail = |error: rocksdb::Error| open_error(folder, &io_error(error));
     match rocks.get(b"format").map_err(fail)? {
-        None => rocks.put(b"format", FORMAT).map_err(fail)?,
+        None if new => rocks.put(b"format", FORMAT).map_err(fail)?,
+        // A member's has it from before its identity was written.
+        None => {
+            let error =
+                io::Error::new(io::ErrorKind::InvalidData, "the database has lost its rows");
+            return Err(open_error(folder, &error));
+        }
         Some(format) if format == FORMAT => {}
         Some(format) => {
             return Err(OpenError::Unusable {

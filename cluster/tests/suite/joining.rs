@@ -242,8 +242,16 @@ fn one_agent_per_data_folder_and_no_damaged_database() -> Outcome {
         return Err(format!("a damaged database was opened: {damaged:?}").into());
     };
     assert!(error.to_string().contains("join again"), "{error}");
-    // A member without its database must not start from nothing.
-    std::fs::remove_dir_all(config.data_dir.join("db"))?;
+    // A member without its database must not start from nothing: it would give its vote twice.
+    let database = config.data_dir.join("db");
+    std::fs::remove_file(database.join("CURRENT"))?;
+    let nameless = runtime.block_on(open(config.clone()));
+    assert!(matches!(nameless, Err(OpenError::Unusable { .. })), "{nameless:?}");
+    std::fs::remove_dir_all(&database)?;
+    std::fs::create_dir(&database)?;
+    let empty = runtime.block_on(open(config.clone()));
+    assert!(matches!(empty, Err(OpenError::Unusable { .. })), "{empty:?}");
+    std::fs::remove_dir(&database)?;
     let missing = runtime.block_on(open(config));
     assert!(matches!(missing, Err(OpenError::Unusable { .. })), "{missing:?}");
     Ok(())
