@@ -297,6 +297,8 @@ impl Agent {
             error => Ended::Failed(error.to_string()),
         }));
     }
+/// In tasks of their own: whoever asked may hang up in the middle (Ctrl-C), and a node that is half
+/// a member could then neither go on nor begin anew.
 
     /// Ends the agent and leaves the VMs running.
     pub async fn end(&self) {
@@ -320,6 +322,10 @@ impl Agent {
         let threads = {
             let mut threads =
                 self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+async fn formed<T>(task: tokio::task::JoinHandle<Result<T, Status>>) -> Result<T, Status> {
+    task.await.unwrap_or_else(|error| Err(Status::internal(format!("internal error: {error}"))))
+}
+
             std::mem::take(&mut *threads)
         };
         let joined = tokio::task::spawn_blocking(move || {
@@ -341,11 +347,13 @@ impl Agent {
 #[tonic::async_trait]
 impl Former for Arc<Agent> {
     async fn init(&self, request: InitRequest) -> Result<InitResponse, Status> {
-        self.as_ref().form_init(self, request).await
+        let agent = self.clone();
+        formed(tokio::spawn(async move { agent.form_init(&agent, request).await })).await
     }
 
     async fn join(&self, request: JoinRequest) -> Result<JoinResponse, Status> {
-        self.as_ref().form_join(self, request).await
+        let agent = self.clone();
+        formed(tokio::spawn(async move { agent.form_join(&agent, request).await })).await
     }
 }
 

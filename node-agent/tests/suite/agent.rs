@@ -59,6 +59,27 @@ async fn before_a_cluster_only_membership_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_is_formed_to_its_end_though_nobody_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::new(dir.path()).await;
+    let mut membership = MembershipClient::new(rig.channel.clone());
+    let request = InitRequest { cluster_name: "test".into(), node_name: "n1".into() };
+    // Long enough to be asked, and too short for a database to be made.
+    let asked = membership.init(request);
+    let hung_up = tokio::time::timeout(Duration::from_millis(10), asked).await;
+    let begin = Instant::now();
+    loop {
+        let status = membership.status(ClusterStatusRequest {}).await.unwrap().into_inner();
+        if status.initialized && status.quorum {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(30), "{status:?}, {hung_up:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    rig.agent.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_folder_has_one_agent() {
     let dir = tempfile::tempdir().unwrap();
     let first = Rig::new(dir.path()).await;
