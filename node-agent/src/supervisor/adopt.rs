@@ -26,9 +26,7 @@ impl Supervisor {
 
     fn adopt(&self, name: &Name, files: Files) -> Result<(), VmError> {
         let Some(state) = files.read_state_if_any()? else { return Ok(()) };
-        let same_boot = state.boot_id.is_empty() || state.boot_id == clock::boot_id();
-        let process = ProcessHandle::reopen(state.pid, state.start_time).filter(|_| same_boot);
-        let Some(process) = process else {
+        let Some(process) = reopen(&files, &state)? else {
             tracing::info!(vm = %name, pid = state.pid, "its process ended while no agent ran");
             self.clean_up(&files, &state);
             return Ok(());
@@ -89,6 +87,19 @@ impl Supervisor {
     }
 }
 
+/// The process of a state file, if it still runs.
+///
+/// # Errors
+/// [`VmError::Io`] if that cannot be told.
+pub(super) fn reopen(files: &Files, state: &StateFile) -> Result<Option<ProcessHandle>, VmError> {
+    let same_boot = state.boot_id.is_empty() || state.boot_id == clock::boot_id();
+    if !same_boot {
+        return Ok(None);
+    }
+    let found = ProcessHandle::reopen(state.pid, state.start_time);
+    found.map_err(VmError::io("finding the process of", files.state()))
+}
+
 impl Live {
     pub(super) fn new(
         files: Files,
@@ -110,65 +121,33 @@ impl Live {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::{UnixDatagram, UnixListener};
-    use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
 
-    use nix::sys::signal::Signal;
-    use proto::{Generation, VmId};
-
     use super::*;
+    use crate::supervisor::test_strangers::Stranger;
     use crate::supervisor::{ExitReason, SupervisorConfig};
-
-    /// A process that knows nothing of VMs, and the state file that an earlier agent left of it.
-    #[expect(clippy::zombie_processes, reason = "it is reaped through its pidfd")]
-    fn stranger(folder: &std::path::Path, vm: &str, ha: bool) -> (ProcessHandle, StateFile, Files) {
-        let child = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
-        let process = ProcessHandle::open(child.id()).unwrap();
-        let name: Name = vm.parse().unwrap();
-        let files = Files::new(folder, &name);
-        files.prepare().unwrap();
-        let state = StateFile {
-            name,
-            vm_id: VmId(uuid::Uuid::from_u128(7)),
-            generation: Generation(3),
-            pid: process.pid(),
-            start_time: process.start_time(),
-            boot_id: clock::boot_id(),
-            ha,
-            memory_bytes: 64 << 20,
-            uid: None,
-            cgroup: None,
-            migration_id: None,
-        };
-        files.write_state(&state).unwrap();
-        (process, state, files)
-    }
 
     #[tokio::test]
     async fn a_process_of_another_boot_is_not_touched() {
         let folder = tempfile::tempdir().unwrap();
         let config = SupervisorConfig::new(folder.path());
         let (supervisor, _exits) = Supervisor::new(config).unwrap();
-        let (process, mut state, files) = stranger(folder.path(), "web", false);
-        state.boot_id = "the boot before".into();
-        files.write_state(&state).unwrap();
+        let mut stranger = Stranger::leave(folder.path(), "web", false);
+        stranger.state.boot_id = "the boot before".into();
+        stranger.files.write_state(&stranger.state).unwrap();
         let adopted = supervisor.adopt_all().unwrap();
-        let untouched = process.reap();
-        process.signal(Signal::SIGKILL).unwrap();
-        process.wait_and_reap();
-        assert_eq!((adopted, untouched), (Vec::new(), None));
-        assert!(!files.state().exists());
+        assert_eq!((adopted, stranger.process.reap()), (Vec::new(), None));
+        assert!(!stranger.files.state().exists());
     }
 
     #[tokio::test]
     async fn a_state_file_that_cannot_be_read_is_no_sign_that_nothing_runs() {
         let folder = tempfile::tempdir().unwrap();
         let (supervisor, _exits) = Supervisor::new(SupervisorConfig::new(folder.path())).unwrap();
-        let (process, _, files) = stranger(folder.path(), "web", true);
+        let stranger = Stranger::leave(folder.path(), "web", true);
+        let files = &stranger.files;
         std::fs::write(files.state(), b"{").unwrap();
         let refused = supervisor.adopt_all().unwrap_err();
-        process.signal(Signal::SIGKILL).unwrap();
-        process.wait_and_reap();
         assert!(refused.to_string().contains("state.json"), "{refused}");
         std::fs::remove_file(files.state()).unwrap();
         assert_eq!(
@@ -179,13 +158,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_process_that_cannot_be_watched_is_not_told_to_be_gone() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        let folder = tempfile::tempdir().unwrap();
+        let (supervisor, mut exits) =
+            Supervisor::new(SupervisorConfig::new(folder.path())).unwrap();
+        let stranger = Stranger::leave(folder.path(), "web", true);
+        supervisor.adopt_all().unwrap();
+        // No descriptor is left when its watch begins, which is when this test first waits.
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
+        let told = tokio::time::timeout(Duration::from_millis(200), exits.recv()).await;
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        assert!(told.is_err(), "{told:?}");
+        assert_eq!(supervisor.ha_count(), 1);
+        assert!(stranger.files.state().exists(), "the next agent would not find it");
+        stranger.end();
+        let limit = Duration::from_secs(30);
+        let exited = tokio::time::timeout(limit, exits.recv()).await.unwrap().unwrap();
+        assert!(matches!(exited.reason, ExitReason::Failed(_)), "{exited:?}");
+    }
+
+    #[tokio::test]
     async fn a_process_that_hangs_delays_no_other_and_is_ended() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = SupervisorConfig::new(folder.path());
         config.probe_every = Duration::from_millis(100);
         config.hang_limit = Duration::from_millis(600);
         let (supervisor, mut exits) = Supervisor::new(config).unwrap();
-        let (_hung, _, files) = stranger(folder.path(), "web", true);
+        let hung = Stranger::leave(folder.path(), "web", true);
+        let files = &hung.files;
         // It is there and takes connections, and that is all.
         let _control = UnixListener::bind(files.control_socket()).unwrap();
         let deadlines = UnixDatagram::bind(files.deadline_socket()).unwrap();
@@ -216,8 +218,8 @@ mod tests {
         config.probe_every = Duration::from_millis(20);
         config.hang_limit = Duration::from_millis(60);
         let (supervisor, mut exits) = Supervisor::new(config).unwrap();
-        let (_hung, _, files) = stranger(folder.path(), "web", false);
-        let _control = UnixListener::bind(files.control_socket()).unwrap();
+        let hung = Stranger::leave(folder.path(), "web", false);
+        let _control = UnixListener::bind(hung.files.control_socket()).unwrap();
         supervisor.adopt_all().unwrap();
         let wait = tokio::time::timeout(Duration::from_millis(600), exits.recv()).await;
         assert!(wait.is_err(), "{wait:?}");

@@ -27,6 +27,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How soon a guest that did not listen to its power button is tried again.
 const PRESS_AGAIN: Duration = Duration::from_secs(1);
+/// How soon a process that cannot be watched is tried again.
+const WATCH_AGAIN: Duration = Duration::from_millis(500);
 /// After a polite stop, before the kill.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
@@ -225,11 +227,17 @@ impl Live {
 
     /// Waits for the process itself and says why it ended.
     pub(super) async fn watch(self: &Arc<Self>) -> ExitReason {
-        let status = self.process.exited().await.unwrap_or_else(|error| {
-            tracing::error!(vm = %self.state.name, %error, "cannot watch the process");
-            None
-        });
-        self.exit_reason(status)
+        loop {
+            match self.process.exited().await {
+                Ok(status) => return self.exit_reason(status),
+                // That it cannot be watched (no descriptor is left, say) is no sign that it ended:
+                // a VM that is told to be gone is started elsewhere.
+                Err(error) => {
+                    tracing::error!(vm = %self.state.name, %error, "cannot watch the process");
+                }
+            }
+            tokio::time::sleep(WATCH_AGAIN).await;
+        }
     }
 
     fn exit_reason(&self, status: Option<WaitStatus>) -> ExitReason {

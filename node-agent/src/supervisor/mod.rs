@@ -22,6 +22,8 @@ mod launch;
 mod process;
 mod start;
 mod state;
+#[cfg(test)]
+pub(crate) mod test_strangers;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

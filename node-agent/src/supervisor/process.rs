@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::Interest;
@@ -31,8 +32,29 @@ impl ProcessHandle {
     }
 
     /// Takes hold of a process that was known before; `None` if it is gone.
-    pub(super) fn reopen(pid: u32, expected_start_time: u64) -> Option<Self> {
-        Self::open(pid).ok().filter(|found| found.start_time == expected_start_time)
+    ///
+    /// # Errors
+    /// The system's (no descriptor left, `/proc` not readable): whether it is gone is not known then,
+    /// and one that may run must not be taken for gone.
+    pub(super) fn reopen(pid: u32, expected_start_time: u64) -> io::Result<Option<Self>> {
+        let pidfd = match pidfd_open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if says_gone(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match start_time(pid) {
+            Ok(start_time) if start_time == expected_start_time => {
+                Ok(Some(Self { pid, start_time, pidfd }))
+            }
+            Ok(_) => Ok(None),
+            Err(_) if has_ended(&pidfd) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether it is known to have ended.
+    pub(super) fn has_ended(&self) -> bool {
+        has_ended(&self.pidfd)
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -81,9 +103,15 @@ impl ProcessHandle {
         self.reap()
     }
 
-    /// Blocks until a child has ended, and reaps it.
+    /// Blocks until it has ended, and reaps it if it is a child.
     pub(super) fn wait_and_reap(&self) {
-        let _ = waitid(self.id(), WaitPidFlag::WEXITED);
+        while !self.has_ended() {
+            let mut polled = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut polled, PollTimeout::NONE).is_err() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        self.reap();
     }
 
     /// Reaps the process if it is a child that ended.
@@ -95,6 +123,22 @@ impl ProcessHandle {
     fn id(&self) -> Id<'_> {
         Id::PIDFd(self.pidfd.as_fd())
     }
+}
+
+/// A pidfd becomes readable when its process ends (pidfd_open(2)).
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    // An error says nothing: it counts as running.
+    let looked = poll(&mut polled, 0_u16);
+    let events = polled.first().and_then(PollFd::revents);
+    looked.is_ok() && events.is_some_and(|events| events.contains(PollFlags::POLLIN))
+}
+
+/// Whether an error of `pidfd_open` means that no process has this pid: there is nothing of that
+/// number, or it is now the number of another process's thread.
+fn says_gone(error: &io::Error) -> bool {
+    let gone = [libc::ESRCH, libc::ENOENT, libc::EINVAL];
+    error.raw_os_error().is_some_and(|errno| gone.contains(&errno))
 }
 
 fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
@@ -141,13 +185,26 @@ mod tests {
         let mut command = Command::new("sleep");
         let child = command.arg("600").stdin(Stdio::null()).spawn().unwrap();
         let process = ProcessHandle::open(child.id()).unwrap();
-        assert!(ProcessHandle::reopen(child.id(), process.start_time()).is_some());
-        assert!(ProcessHandle::reopen(child.id(), process.start_time() + 1).is_none());
-        assert_eq!(process.reap(), None);
+        let reopen = |start_time| ProcessHandle::reopen(child.id(), start_time).unwrap();
+        assert!(reopen(process.start_time()).is_some());
+        assert!(reopen(process.start_time() + 1).is_none());
+        assert_eq!((process.reap(), process.has_ended()), (None, false));
         process.signal(Signal::SIGKILL).unwrap();
         let status = process.exited().await.unwrap();
         assert!(matches!(status, Some(WaitStatus::Signaled(_, Signal::SIGKILL, _))), "{status:?}");
+        assert!(process.has_ended());
         process.signal(Signal::SIGKILL).unwrap();
-        assert!(ProcessHandle::reopen(child.id(), process.start_time()).is_none());
+        assert!(reopen(process.start_time()).is_none());
+    }
+
+    #[test]
+    fn only_what_is_certainly_gone_is_called_gone() {
+        // 0 is nobody's, and a thread is no process; both are what a reused pid may look like.
+        assert!(ProcessHandle::reopen(0, 1).unwrap().is_none());
+        assert!(ProcessHandle::reopen(u32::MAX >> 1, 1).unwrap().is_none());
+        for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EACCES, libc::EIO] {
+            assert!(!says_gone(&io::Error::from_raw_os_error(errno)), "{errno}");
+        }
+        assert!(!says_gone(&io::Error::other("/proc/7/stat: garbage")));
     }
 }

@@ -57,12 +57,25 @@ impl Files {
     /// Every VM that has a folder.
     pub(super) fn all(run_dir: &Path) -> Result<Vec<(Name, Self)>, VmError> {
         let root = run_dir.join("vms");
-        let entries = fs::read_dir(&root).map_err(VmError::io("listing", &root))?;
-        let names = entries.flatten().filter_map(|entry| {
-            let name: Name = entry.file_name().to_str()?.parse().ok()?;
-            Some((name.clone(), Self::new(run_dir, &name)))
-        });
-        Ok(names.collect())
+        let listing = || VmError::io("listing", &root);
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&root).map_err(listing())? {
+            // One that cannot be seen may be a VM's.
+            let entry = entry.map_err(listing())?;
+            let name = entry.file_name().to_str().and_then(|name| name.parse::<Name>().ok());
+            found.extend(name.map(|name| (name.clone(), Self::new(run_dir, &name))));
+        }
+        Ok(found)
+    }
+
+    /// As [`Self::all`]; none where no agent has made the folder yet.
+    pub(super) fn all_if_any(run_dir: &Path) -> Result<Vec<(Name, Self)>, VmError> {
+        match Self::all(run_dir) {
+            Err(VmError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                Ok(Vec::new())
+            }
+            found => found,
+        }
     }
 
     pub(crate) fn folder(&self) -> &Path {
