@@ -85,8 +85,7 @@ impl Acting<'_> {
         let failure = match made {
             Ok(launch) => match self.node.supervisor.start(launch).await {
                 Ok(_) => return self.mark_started().await,
-                // The lease went between the look and the start: when it is back.
-                Err(StartError::NoLease(_)) => return Ok(()),
+                Err(error) if !says_failed(&error) => return Ok(()),
                 Err(error) => error.to_string(),
             },
             Err(launch::LaunchError::Record(error)) => return Err(error.into()),
@@ -189,6 +188,13 @@ impl Acting<'_> {
     }
 }
 
+/// Whether an error of a start says that the VM could not be started here, and does not run. Else the
+/// next look decides anew: the lease went between the look and the start, or the VM has a process,
+/// and is not to be given to another node for that.
+fn says_failed(error: &StartError) -> bool {
+    !matches!(error, StartError::NoLease(_) | StartError::AlreadyRunning(_))
+}
+
 /// What becomes of a VM whose process is gone although it should run.
 fn lost(placement: &mut Placement, reason: Option<&ExitReason>, here: &str) {
     match reason {
@@ -262,6 +268,14 @@ mod tests {
         lost(&mut placement, reason.as_ref(), "n1");
         assert_eq!(placement.events.len(), 1);
         placement
+    }
+
+    #[test]
+    fn a_vm_that_has_a_process_here_has_not_failed_to_start() {
+        let name: Name = "web".parse().unwrap();
+        assert!(!says_failed(&StartError::AlreadyRunning(name.clone())));
+        assert!(!says_failed(&StartError::NoLease(name.clone())));
+        assert!(says_failed(&StartError::Refused { name, reason: "no such kernel".into() }));
     }
 
     #[test]

@@ -21,6 +21,8 @@ mod health;
 mod launch;
 mod process;
 mod start;
+#[cfg(test)]
+mod start_tests;
 mod state;
 #[cfg(test)]
 pub(crate) mod test_strangers;
@@ -42,6 +44,9 @@ pub use start::{StartError, Started};
 pub(crate) use state::{Files, StateFile};
 
 use process::ProcessHandle;
+
+/// How often it is looked whether what was killed is gone.
+const GONE_EVERY: Duration = Duration::from_millis(50);
 
 /// How a supervisor works; from the agent's configuration.
 #[derive(Debug, Clone)]
@@ -403,13 +408,20 @@ impl Supervisor {
         self.live(name)?.reset().await
     }
 
-    /// Stops a VM and waits for its process to be gone. A VM that is not running is stopped.
+    /// Stops a VM and waits for its process to be gone. A VM that is not running is stopped; one that
+    /// is being started, or whose start was given up and whose process is not gone yet, is not.
     ///
     /// # Errors
     /// [`VmError::ShutdownTimeout`] if the guest ignored its power button and `force` is unset.
     pub async fn stop(&self, name: &Name, how: Stop) -> Result<(), VmError> {
-        let Ok(live) = self.live(name) else { return Ok(()) };
-        live.stop(how).await
+        loop {
+            let entry = self.vms().get(name).cloned();
+            match entry {
+                Some(Entry::Live(live)) => return live.stop(how).await,
+                Some(Entry::Starting { .. }) => tokio::time::sleep(GONE_EVERY).await,
+                None => return Ok(()),
+            }
+        }
     }
 
     /// Tells every HA VM's process its new deadline (`CLOCK_BOOTTIME`, nanoseconds). Never blocks

@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 use proto::{ByteSize, Name, vm_needs_bytes};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 
 use super::process::ProcessHandle;
 use super::{Entry, Files, Launch, Live, StateFile, Supervisor, VmError, client};
@@ -23,7 +24,7 @@ use crate::{clock, jail};
 /// User ids are spread over this many from `uid_base` on.
 const UID_RANGE: u32 = 50_000;
 
-/// Why a VM did not start. Nothing of it is left running.
+/// Why a VM did not start. Nothing of it is left running: its process, if there was one, is gone.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// It runs already, or is being started.
@@ -92,28 +93,30 @@ impl Supervisor {
     /// # Errors
     /// [`StartError`]; then no process of it is left.
     pub async fn start(&self, launch: Launch) -> Result<Started, StartError> {
-        let name = launch.name.clone();
         let uid = self.reserve(&launch)?;
-        let mut slot = Slot { supervisor: self, name: Some(name.clone()) };
-        // After the name is taken: a node that was fenced waits for the HA VMs that are being
-        // started before it calls itself clean, so either it waits for this one, or this deadline,
-        // from before the placement was read, has passed.
-        if launch.ha && launch.deadline_ns.is_none_or(|at| at <= clock::boottime_ns()) {
-            return Err(StartError::NoLease(name));
+        let mut attempt = Attempt::new(self, &launch.name);
+        match self.start_reserved(launch, uid, &mut attempt).await {
+            Ok(started) => Ok(started),
+            Err(error) => {
+                attempt.end().await;
+                Err(error)
+            }
         }
-        let result = self.start_reserved(launch, uid).await;
-        if result.is_ok() {
-            slot.name = None;
-        }
-        result
     }
 
     async fn start_reserved(
         &self,
         launch: Launch,
         uid: Option<u32>,
+        attempt: &mut Attempt,
     ) -> Result<Started, StartError> {
         let name = launch.name.clone();
+        // After the name is taken: a node that was fenced waits for the HA VMs that are being
+        // started before it calls itself clean, so either it waits for this one, or this deadline,
+        // from before the placement was read, has passed.
+        if launch.ha && launch.deadline_ns.is_none_or(|at| at <= clock::boottime_ns()) {
+            return Err(StartError::NoLease(name));
+        }
         for nic in &launch.nics {
             ensure_bridge(&nic.bridge, &nic.uplink)
                 .await
@@ -125,25 +128,18 @@ impl Supervisor {
             let memory_bytes = vm_needs_bytes(launch.spec.memory.0);
             jail::cgroup::make(&self.shared.config.run_dir, &name, memory_bytes, launch.spec.cpus)
         });
+        attempt.cgroup = cgroup.flatten();
         let process_launch = ProcessLaunch {
             launch,
             folder: files.folder().to_owned(),
             uid,
-            cgroup: cgroup.flatten(),
+            cgroup: attempt.cgroup.clone(),
         };
         files.write_launch(&process_launch)?;
         if process_launch.launch.ha {
             self.shared.deadlines.add(&name, files.deadline_socket());
         }
-        let spawned = self.spawn(&files, &process_launch).await;
-        if spawned.is_err() {
-            self.shared.deadlines.remove(&name);
-            if let Some(cgroup) = &process_launch.cgroup {
-                jail::cgroup::remove(cgroup);
-            }
-            files.forget_process()?;
-        }
-        spawned
+        self.spawn(&files, &process_launch, attempt).await
     }
 
     /// Spawns the process, writes its state file, lets it go on, and waits for its word.
@@ -151,6 +147,7 @@ impl Supervisor {
         &self,
         files: &Files,
         process_launch: &ProcessLaunch,
+        attempt: &mut Attempt,
     ) -> Result<Started, StartError> {
         let launch = &process_launch.launch;
         let name = &launch.name;
@@ -159,7 +156,7 @@ impl Supervisor {
             std::os::unix::net::UnixStream::pair().map_err(VmError::io("connecting to", binary))?;
         let log = open_log(&files.process_log())?;
         let errors = log.try_clone().map_err(VmError::io("opening", files.process_log()))?;
-        let child = Command::new(binary)
+        let mut child = Command::new(binary)
             .arg("vm")
             .arg("--launch")
             .arg(files.launch())
@@ -170,7 +167,12 @@ impl Supervisor {
             .current_dir("/")
             .spawn()
             .map_err(VmError::io("running", binary))?;
-        let process = ProcessHandle::open(child.id()).map_err(VmError::io("watching", binary))?;
+        let process = ProcessHandle::open(child.id()).map_err(|error| {
+            // It waits for "go", so it has done nothing yet; and as a child that was not waited for
+            // it still has its pid.
+            let _ = child.kill().and_then(|()| child.wait());
+            VmError::io("watching", binary)(error)
+        })?;
         let state = StateFile {
             name: name.clone(),
             vm_id: launch.vm_id,
@@ -184,7 +186,7 @@ impl Supervisor {
             cgroup: process_launch.cgroup.clone(),
             migration_id: launch.incoming.as_ref().map(|incoming| incoming.migration_id.clone()),
         };
-        let mut guard = KillOnDrop(Some(process));
+        attempt.process = Some(process);
         files.write_state(&state)?;
         let talk = converse(ours);
         let answer = tokio::time::timeout(self.shared.config.start_timeout, talk).await;
@@ -196,7 +198,7 @@ impl Supervisor {
         let (listen, fingerprint) = match answer {
             Err(_) => return Err(lost("was not ready in time and was killed")),
             Ok(Err(error)) => {
-                let ended = guard.0.as_ref().map(ProcessHandle::reap_soon);
+                let ended = attempt.process.as_ref().map(ProcessHandle::reap_soon);
                 return Err(lost(&match ended.flatten() {
                     Some(status) => format!("ended ({status:?})"),
                     None => format!("broke off ({error})"),
@@ -207,12 +209,30 @@ impl Supervisor {
             }
             Ok(Ok(Startup::Ready { listen, fingerprint })) => (listen, fingerprint),
         };
-        let Some(process) = guard.0.take() else { return Err(lost("vanished")) };
-        let live =
-            Live::new(files.clone(), state, process, client::connect(files.control_socket()));
+        let Some(process) = attempt.process.take() else { return Err(lost("vanished")) };
+        let client = client::connect(files.control_socket());
+        let live = Arc::new(Live::new(files.clone(), state, process, client));
+        // In the books before anything is waited for: whoever drops this start leaves no VM that
+        // nobody knows of.
+        self.admit(Arc::clone(&live));
+        attempt.over = true;
         live.refresh().await;
-        self.admit(Arc::new(live));
         Ok(Started { listen, fingerprint })
+    }
+
+    /// Nothing of a start that failed runs any more: frees what it had.
+    fn start_ended(&self, name: &Name, cgroup: Option<&Path>) {
+        self.shared.deadlines.remove(name);
+        if let Some(cgroup) = cgroup {
+            jail::cgroup::remove(cgroup);
+        }
+        if let Err(error) = self.files(name).forget_process() {
+            tracing::warn!(vm = %name, %error, "its run folder is not clean");
+        }
+        let mut vms = self.vms();
+        if matches!(vms.get(name), Some(Entry::Starting { .. })) {
+            vms.remove(name);
+        }
     }
 
     /// Takes the name, a user id and the memory, or says why not.
@@ -239,33 +259,76 @@ impl Supervisor {
     }
 }
 
-/// Frees the name when a start fails or is dropped.
-struct Slot<'a> {
-    supervisor: &'a Supervisor,
-    name: Option<Name>,
+/// A start under way. One that fails or is dropped has its process killed, and keeps the VM's name
+/// until that is gone: until then it may write to disks, counts as an HA VM that is alive, and the VM
+/// must be started neither here nor, by a placement that says that it failed, elsewhere.
+struct Attempt {
+    supervisor: Supervisor,
+    name: Name,
+    cgroup: Option<PathBuf>,
+    process: Option<ProcessHandle>,
+    /// It succeeded, or its end is under way.
+    over: bool,
 }
 
-impl Drop for Slot<'_> {
-    fn drop(&mut self) {
-        let Some(name) = &self.name else { return };
-        let mut vms = self.supervisor.vms();
-        if matches!(vms.get(name), Some(Entry::Starting { .. })) {
-            vms.remove(name);
+impl Attempt {
+    fn new(supervisor: &Supervisor, name: &Name) -> Self {
+        Self {
+            supervisor: supervisor.clone(),
+            name: name.clone(),
+            cgroup: None,
+            process: None,
+            over: false,
+        }
+    }
+
+    /// Ends a start that failed; returns when nothing of it is left.
+    async fn end(mut self) {
+        let (told, ended) = oneshot::channel();
+        self.give_up(Some(told));
+        // Never told: then its process is not known to have ended, and its name stays taken.
+        if ended.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn give_up(&mut self, told: Option<oneshot::Sender<()>>) {
+        self.over = true;
+        let (supervisor, name) = (self.supervisor.clone(), self.name.clone());
+        let cgroup = self.cgroup.take();
+        let Some(process) = self.process.take() else {
+            supervisor.start_ended(&name, cgroup.as_deref());
+            tell(told);
+            return;
+        };
+        if let Err(errno) = process.signal(Signal::SIGKILL) {
+            tracing::error!(pid = process.pid(), %errno, "cannot kill a process that failed to start");
+        }
+        // The end must be waited for, which a drop cannot: a thread of its own does.
+        let thread = std::thread::Builder::new().name("reaper".into());
+        let spawned = thread.spawn(move || {
+            process.wait_and_reap();
+            supervisor.start_ended(&name, cgroup.as_deref());
+            tell(told);
+        });
+        if let Err(error) = spawned {
+            tracing::error!(vm = %self.name, %error, "its name stays taken: the end of its process cannot be seen");
         }
     }
 }
 
-/// Ends and reaps a process whose start failed or was dropped.
-struct KillOnDrop(Option<ProcessHandle>);
+fn tell(told: Option<oneshot::Sender<()>>) {
+    if let Some(told) = told {
+        // Whoever waited may be gone.
+        let _ = told.send(());
+    }
+}
 
-impl Drop for KillOnDrop {
+impl Drop for Attempt {
     fn drop(&mut self) {
-        let Some(process) = self.0.take() else { return };
-        if let Err(errno) = process.signal(Signal::SIGKILL) {
-            tracing::error!(pid = process.pid(), %errno, "cannot kill a process that failed to start");
+        if !self.over {
+            self.give_up(None);
         }
-        // Reaping must wait for the end, which a drop cannot: a thread of its own does.
-        std::thread::spawn(move || process.wait_and_reap());
     }
 }
 
