@@ -292,6 +292,8 @@ impl Agent {
         let error = cluster.failed().await;
         let ended = node.supervisor.kill_all_ha();
         tracing::error!(ha_vms_ended = ended.len(), "{error}");
+        // Gone, not only killed: else the watchdog is left running, and resets the machine.
+        drop(tokio::time::timeout(END_LIMIT, node.supervisor.end_all_ha()).await);
         drop(self.failure.send(match error {
             StoreError::Removed => Ended::Removed(error.to_string()),
             error => Ended::Failed(error.to_string()),

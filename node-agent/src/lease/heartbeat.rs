@@ -175,14 +175,7 @@ async fn ask_leader(node: &Node, sequence: u64) -> Result<HeartbeatResponse, ton
 /// goes for VMs without HA that were taken from it by hand.
 async fn come_back(node: &Node) {
     tracing::warn!("this node was declared dead and fenced; ending what it still runs for HA");
-    loop {
-        node.supervisor.kill_all_ha();
-        // Those that are being started too: they are killed as soon as they are ready.
-        if node.supervisor.ha_count() == 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    node.supervisor.end_all_ha().await;
     loop {
         match strangers(node).await {
             Ok(strangers) if strangers.is_empty() => break,

@@ -440,6 +440,18 @@ impl Supervisor {
         ha.filter_map(|live| live.kill().ok().map(|()| live.state.name.clone())).collect()
     }
 
+    /// Kills every HA VM's process, those that are being started as soon as they are ready, and
+    /// returns when none is left.
+    pub async fn end_all_ha(&self) {
+        loop {
+            self.kill_all_ha();
+            if self.ha_count() == 0 {
+                return;
+            }
+            tokio::time::sleep(GONE_EVERY).await;
+        }
+    }
+
     /// Connects to the VM's serial console: what is sent goes to the guest, what the guest writes
     /// comes out, beginning with the newest of what it wrote before.
     ///
