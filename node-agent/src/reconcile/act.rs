@@ -20,13 +20,17 @@ pub(super) enum ActError {
     Vm(#[from] VmError),
     #[error("the placement changed meanwhile")]
     Changed,
+    #[error("its process ended meanwhile")]
+    Ended,
 }
 
-/// Reads the placement from a quorum and the process's state from itself, decides, acts.
+/// Reads the placement from a quorum and the process's state from itself, decides, acts. `known`: the
+/// VM had a process at the look that led to this.
 pub(super) async fn act(
     node: &Node,
     memory: &Memory,
     vm: &Name,
+    known: bool,
     forget_failures: bool,
 ) -> Result<(), ActError> {
     // Before the placement is read: until then nobody else is given what it says is this node's.
@@ -36,6 +40,10 @@ pub(super) async fn act(
         Some(_) => node.supervisor.status(vm).await.ok(),
         None => None,
     };
+    if known && process.is_none() {
+        // It has ended since. The next look has its reason.
+        return Err(ActError::Ended);
+    }
     let starting = process.is_none() && node.supervisor.is_busy(vm);
     let value = placement.as_ref().map(|placement| &placement.value);
     let step = decide(node.id, value, process.as_ref(), starting, node.lease.may_start());

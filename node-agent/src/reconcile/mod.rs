@@ -45,6 +45,7 @@ impl Memory {
     }
 
     fn note_exit(&self, exited: VmExited) {
+        tracing::info!(vm = %exited.name, generation = %exited.generation, "VM process ended: {}", exited.reason);
         let mut exits = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
         exits.insert(exited.name, (exited.generation, exited.reason));
     }
@@ -75,19 +76,16 @@ pub async fn run(node: Arc<Node>, mut exits: mpsc::UnboundedReceiver<VmExited>) 
             () = node.kick.notified() => {}
             () = node.jobs.freed() => {}
             exited = exits.recv() => match exited {
-                Some(exited) => {
-                    tracing::info!(vm = %exited.name, generation = %exited.generation, "VM process ended: {}", exited.reason);
-                    memory.note_exit(exited);
-                }
+                Some(exited) => memory.note_exit(exited),
                 None => return,
             },
         }
-        look(&node, &memory);
+        look(&node, &memory, &mut exits);
     }
 }
 
 /// Looks at every VM that concerns this node, and begins what is to be done.
-fn look(node: &Arc<Node>, memory: &Arc<Memory>) {
+fn look(node: &Arc<Node>, memory: &Arc<Memory>, exits: &mut mpsc::UnboundedReceiver<VmExited>) {
     let view = node.board.view();
     if view.revision.0 == 0 {
         // Nothing has been read yet.
@@ -95,6 +93,11 @@ fn look(node: &Arc<Node>, memory: &Arc<Memory>) {
     }
     let processes: BTreeMap<Name, _> =
         node.supervisor.running().into_iter().map(|vm| (vm.name.clone(), vm)).collect();
+    // After the processes: why one ended is told as it leaves them. A VM that is missing without a
+    // reason would be taken for one that a power loss ended, and started again whatever it did.
+    while let Ok(exited) = exits.try_recv() {
+        memory.note_exit(exited);
+    }
     let mine = view.placements.iter().filter(|(_, p)| p.value.owner == node.id);
     let names: BTreeSet<&Name> = mine.map(|(name, _)| name).chain(processes.keys()).collect();
     for name in names {
@@ -111,9 +114,10 @@ fn look(node: &Arc<Node>, memory: &Arc<Memory>) {
             continue;
         }
         let Some(job) = node.jobs.try_begin(name) else { continue };
+        let known = process.is_some();
         let (node, memory, name) = (node.clone(), memory.clone(), name.clone());
         tokio::spawn(async move {
-            let done = act::act(&node, &memory, &name, forget).await;
+            let done = act::act(&node, &memory, &name, known, forget).await;
             if let Err(error) = &done {
                 tracing::debug!(vm = %name, "reconciling: {error}");
                 // The next look is the tick's: whatever is in the way is given a second.

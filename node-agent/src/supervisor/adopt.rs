@@ -68,12 +68,16 @@ impl Supervisor {
         self.shared.deadlines.remove(name);
         self.clean_up(&live.files, &live.state);
         let generation = live.last().generation;
-        self.vms().remove(name);
         let vm_id = live.state.vm_id;
         let exit =
             super::VmExited { name: name.clone(), vm_id, generation, reason: reason.clone() };
-        // Nobody listens while the agent ends; the state file is gone, so nothing is forgotten.
-        let _ = self.shared.exits.send(exit);
+        {
+            // As one step: whoever no longer finds the VM finds why in the channel.
+            let mut vms = self.vms();
+            vms.remove(name);
+            // Nobody listens while the agent ends; the state file is gone, so nothing is forgotten.
+            let _ = self.shared.exits.send(exit);
+        }
         live.gone.send_replace(Some(reason));
     }
 
