@@ -355,6 +355,11 @@ impl Control {
                 if !matches!(state.phase, Phase::Live | Phase::MovingOut { .. }) {
                     return;
                 }
+                // Again, under the lock: somebody may have reset it since, and a migration may have
+                // saved the state of what runs now.
+                if !self.machine.is_halted() {
+                    return;
+                }
                 if let Err(error) = self.machine.reset() {
                     self.end(&ExitRecord::Error(format!("reset: {}", chain(&error))));
                 }

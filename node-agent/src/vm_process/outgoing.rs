@@ -135,7 +135,9 @@ impl SourceHooks for Hooks<'_> {
     /// nobody can have committed, so an agent that is gone already is a refusal for certain.
     fn commit(&mut self, wanted: &CommitWanted) -> Commit {
         let (decide, decision) = sync_channel(1);
-        self.control.set_phase(Phase::AwaitingCommit { id: self.id.clone(), decide });
+        if !self.control.set_phase(Phase::AwaitingCommit { id: self.id.clone(), decide }) {
+            return Commit::Refused("the VM is ending".into());
+        }
         let asked = send(
             &self.events,
             Event::CommitWanted(MigrationDone {
