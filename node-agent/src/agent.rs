@@ -2,8 +2,9 @@
 //! the folder says so, or when `cluster init` or `join` makes it one. No restart is needed.
 //!
 //! ```text
-//!   open ─┬─ Fresh ──── init / join ──┐
-//!         └─ Member ──────────────────┴─► member: adopt VM processes, listeners, loops
+//!   keeper of the watchdog ─► open ─┬─ Fresh ──── init / join ──┐
+//!                                   └─ Member ──────────────────┴─► member: adopt VM processes,
+//!                                                                   listeners, loops
 //! ```
 //!
 //! Invariants: VM processes are adopted before anything is started; a graceful end leaves them
@@ -25,17 +26,16 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::api::{self, Api, Former};
-use crate::config::{Config, Watchdog as WatchdogChoice};
+use crate::config::Config;
 use crate::documents::Documents;
 use crate::ha::Leader;
 use crate::jobs::Jobs;
-use crate::lease::{self, Lease};
+use crate::lease::{Keeper, Lease};
 use crate::node::{Hardware, Node, Slot};
 use crate::store::{Board, Store};
 use crate::supervisor::{Supervisor, SupervisorConfig};
 use crate::task::TaskStore;
 use crate::vms::Shutdowns;
-use crate::watchdog::Watchdog;
 use crate::{ha, hardware, leading, reconcile, telemetry, tree};
 
 /// The exit status of [`Ended::Removed`]. The systemd unit does not start the agent again after it.
@@ -65,13 +65,12 @@ pub struct Agent {
     stop: CancellationToken,
     /// Why a member cannot go on.
     failure: mpsc::UnboundedSender<Ended>,
-    threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
     /// Keeps the tree mounted until the agent ends.
     tree: std::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+    /// Has the watchdog, and this node's lease, from the first moment on.
+    keeper: Arc<Keeper>,
     /// Locked until the agent has ended: another one would adopt, and end, this one's VMs.
     run_folder: std::sync::Mutex<Option<File>>,
-    /// Opened before the database where an earlier agent's lease allows it, see `lease`.
-    early_watchdog: std::sync::Mutex<Option<Watchdog>>,
 }
 
 /// The two listeners of a member, bound before it becomes one.
@@ -128,13 +127,9 @@ impl Agent {
         let config = Arc::new(config);
         let run_folder = std::sync::Mutex::new(Some(lock_run_folder(&config.run_dir)?));
         let timing = Timing::new(config.timing.lease_ms)?;
-        // The way to a lease of its own may be longer than the watchdog's patience.
-        let may_pet = || lease::may_still_pet(&config.run_dir, timing);
-        let early_watchdog = if may_pet() { open_watchdog(&config, timing) } else { None };
+        // First of all: the way to a lease of its own may be longer than the watchdog's patience.
+        let keeper = Arc::new(Keeper::start(&config, timing)?);
         let opened = cluster::open(cluster_config(&config)).await.map_err(not_opened)?;
-        if let Some(watchdog) = early_watchdog.as_ref().filter(|_| may_pet()) {
-            watchdog.pet()?;
-        }
         let socket = api::bind_local(&config.socket_path()).await?;
         let (failure, failures) = mpsc::unbounded_channel();
         let (fresh, member) = match opened {
@@ -147,15 +142,15 @@ impl Agent {
             fresh: Mutex::new(fresh),
             stop,
             failure,
-            threads: std::sync::Mutex::default(),
             tree: std::sync::Mutex::default(),
+            keeper,
             run_folder,
-            early_watchdog: std::sync::Mutex::new(early_watchdog),
         });
         if let Some(cluster) = member {
             let listeners = agent.bind().await?;
             agent.become_member(cluster, listeners).await?;
         } else {
+            agent.keeper.release();
             tracing::info!(
                 "this node belongs to no cluster yet; run `clusterctl cluster init` or `join`"
             );
@@ -213,7 +208,11 @@ impl Agent {
         let (supervisor, exits) = Supervisor::new(supervisor_config(&config))?;
         let adopted = supervisor.adopt_all()?;
         tracing::info!(node = %name, id = %id, adopted = adopted.len(), "member of `{}`", cluster.cluster_name());
-        let watchdog = self.watchdog(&supervisor, timing);
+        if config.node.witness {
+            self.keeper.release(); // a watchdog guards what runs here
+        } else {
+            self.keeper.guard().await;
+        }
         let tasks = TaskStore::open(id, name.clone(), config.data_dir.join("tasks"))?;
         let node = Arc::new(Node {
             id,
@@ -227,7 +226,8 @@ impl Agent {
             jobs: Jobs::default(),
             shutdowns: Shutdowns::default(),
             kick: Notify::new(),
-            hardware: look_at_hardware(&config, watchdog.as_ref()),
+            hardware: look_at_hardware(&config),
+            watchdog: self.keeper.watchdog(),
             config,
         });
         let api = Api::new(self.slot.clone());
@@ -250,28 +250,8 @@ impl Agent {
         let tree = self.background(tree);
         *self.tree.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(tree);
         self.background(self.clone().watch_member(node.clone(), cluster));
-        let thread = lease::spawn(node, watchdog, stop.clone())?;
-        self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(thread);
+        self.keeper.member(node);
         Ok(())
-    }
-
-    /// The watchdog: opened early, or now. To open it is to pet it, and HA VMs that were adopted
-    /// without a lease that allows this must not outlive the moment it would have fired.
-    fn watchdog(&self, supervisor: &Supervisor, timing: Timing) -> Option<Watchdog> {
-        let early = self.early_watchdog.lock();
-        let early = early.unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let may_pet = lease::may_still_pet(&self.config.run_dir, timing);
-        if let Some(watchdog) = early {
-            if may_pet && let Err(error) = watchdog.pet() {
-                tracing::error!("cannot pet the watchdog: {error}");
-            }
-            return Some(watchdog);
-        }
-        if !may_pet && supervisor.ha_count() > 0 && self.config.watchdog != WatchdogChoice::None {
-            tracing::warn!("ending the HA VMs of an earlier agent: its lease is too old to go on");
-            supervisor.kill_all_ha();
-        }
-        open_watchdog(&self.config, timing)
     }
 
     fn background(
@@ -299,8 +279,6 @@ impl Agent {
             error => Ended::Failed(error.to_string()),
         }));
     }
-/// In tasks of their own: whoever asked may hang up in the middle (Ctrl-C), and a node that is half
-/// a member could then neither go on nor begin anew.
 
     /// Ends the agent and leaves the VMs running.
     pub async fn end(&self) {
@@ -321,22 +299,9 @@ impl Agent {
                 tracing::warn!("the database is still busy; ending all the same");
             }
         }
-        let threads = {
-            let mut threads =
-                self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-async fn formed<T>(task: tokio::task::JoinHandle<Result<T, Status>>) -> Result<T, Status> {
-    task.await.unwrap_or_else(|error| Err(Status::internal(format!("internal error: {error}"))))
-}
-
-            std::mem::take(&mut *threads)
-        };
-        let joined = tokio::task::spawn_blocking(move || {
-            for thread in threads {
-                // A panic there was reported when it happened.
-                drop(thread.join());
-            }
-        });
-        drop(tokio::time::timeout(END_LIMIT, joined).await);
+        let keeper = self.keeper.clone();
+        let ended = tokio::task::spawn_blocking(move || keeper.end());
+        drop(tokio::time::timeout(END_LIMIT, ended).await);
         drop(std::fs::remove_file(self.config.socket_path()));
         self.run_folder.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
     }
@@ -346,6 +311,8 @@ async fn formed<T>(task: tokio::task::JoinHandle<Result<T, Status>>) -> Result<T
     }
 }
 
+/// In tasks of their own: whoever asked may hang up in the middle (Ctrl-C), and a node that is half
+/// a member could then neither go on nor begin anew.
 #[tonic::async_trait]
 impl Former for Arc<Agent> {
     async fn init(&self, request: InitRequest) -> Result<InitResponse, Status> {
@@ -357,6 +324,10 @@ impl Former for Arc<Agent> {
         let agent = self.clone();
         formed(tokio::spawn(async move { agent.form_join(&agent, request).await })).await
     }
+}
+
+async fn formed<T>(task: tokio::task::JoinHandle<Result<T, Status>>) -> Result<T, Status> {
+    task.await.unwrap_or_else(|error| Err(Status::internal(format!("internal error: {error}"))))
 }
 
 impl Agent {
@@ -478,33 +449,7 @@ fn supervisor_config(config: &Config) -> SupervisorConfig {
     }
 }
 
-fn open_watchdog(config: &Config, timing: Timing) -> Option<Watchdog> {
-    // A watchdog guards what runs here.
-    if config.node.witness {
-        return None;
-    }
-    let device = match &config.watchdog {
-        WatchdogChoice::None => return None,
-        WatchdogChoice::Auto => None,
-        WatchdogChoice::Device(path) => Some(path.as_path()),
-    };
-    match Watchdog::open(device, Duration::from_secs(timing.watchdog_timeout_s())) {
-        Ok(watchdog) => {
-            tracing::info!(
-                "the watchdog `{}` resets this node {} s after the last sign of life",
-                watchdog.identity(),
-                watchdog.timeout().as_secs()
-            );
-            Some(watchdog)
-        }
-        Err(error) => {
-            tracing::warn!("{error}; HA VMs are guarded by the lease alone");
-            None
-        }
-    }
-}
-
-fn look_at_hardware(config: &Config, watchdog: Option<&Watchdog>) -> Hardware {
+fn look_at_hardware(config: &Config) -> Hardware {
     if config.node.witness {
         return Hardware { cpus: hardware::cpus(), kvm: "none".to_owned(), ..Hardware::default() };
     }
@@ -512,7 +457,6 @@ fn look_at_hardware(config: &Config, watchdog: Option<&Watchdog>) -> Hardware {
     Hardware {
         cpus: hardware::cpus(),
         memory_bytes: hardware::memory_total_bytes().saturating_sub(reserve),
-        watchdog: watchdog.map(Watchdog::identity).unwrap_or_default(),
         kvm: hardware::kvm(),
         cpuid: hardware::cpuid(),
     }
@@ -521,8 +465,9 @@ fn look_at_hardware(config: &Config, watchdog: Option<&Watchdog>) -> Hardware {
 /// Writes this node's record when it comes up, under a new name at once, and again whenever it is
 /// not as it should be.
 async fn keep_record(node: Arc<Node>) {
-    let mut name = node.cluster().node_name();
+    let (mut name, mut watchdog) = (node.cluster().node_name(), node.watchdog.clone());
     loop {
+        watchdog.mark_unchanged();
         node.tasks.rename(node.name());
         let written =
             node.store.update_node(node.id, |present| Some(node.record(present.as_ref())));
@@ -536,6 +481,8 @@ async fn keep_record(node: Arc<Node>) {
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             renamed = name.changed() => if renamed.is_err() { return },
+            // Nothing changes it any more once the agent is ending, which ends this too.
+            Ok(()) = watchdog.changed() => {}
         }
     }
 }

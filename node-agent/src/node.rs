@@ -9,7 +9,7 @@ use cluster::Cluster;
 use proto::record::NodeRecord;
 use proto::v1::NodeReport;
 use proto::{Name, NodeId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
 use crate::ha::Leader;
@@ -49,6 +49,9 @@ pub struct Node {
     pub kick: Notify,
     /// What this node says of itself.
     pub hardware: Hardware,
+    /// Identity of the watchdog that guards it; empty: none, or none yet: the lease of an earlier
+    /// agent may keep this one from starting it.
+    pub watchdog: watch::Receiver<String>,
 }
 
 /// What was found at the start of the agent.
@@ -58,8 +61,6 @@ pub struct Hardware {
     pub cpus: u32,
     /// Memory for VMs, bytes.
     pub memory_bytes: u64,
-    /// Identity of the watchdog in use; empty: none.
-    pub watchdog: String,
     /// svm | vmx | pvm | none.
     pub kvm: String,
     /// What KVM can offer guests, for the cluster's baseline.
@@ -80,7 +81,7 @@ impl Node {
     /// that nothing need.
     #[must_use]
     pub fn may_run_ha(&self) -> bool {
-        !self.hardware.watchdog.is_empty() || self.config.allow_ha_without_watchdog
+        !self.watchdog.borrow().is_empty() || self.config.allow_ha_without_watchdog
     }
 
     /// The label people see; it can change.
@@ -99,7 +100,7 @@ impl Node {
             cpus: self.hardware.cpus,
             memory_bytes: self.hardware.memory_bytes,
             memory_free_bytes: crate::hardware::memory_available_bytes(),
-            watchdog: self.hardware.watchdog.clone(),
+            watchdog: self.watchdog.borrow().clone(),
             kvm: self.hardware.kvm.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             running: running
@@ -124,7 +125,7 @@ impl Node {
             memory_bytes: self.hardware.memory_bytes,
             maintenance: present.is_some_and(|record| record.maintenance),
             cpuid: self.hardware.cpuid.clone(),
-            watchdog: self.hardware.watchdog.clone(),
+            watchdog: self.watchdog.borrow().clone(),
             kvm: self.hardware.kvm.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             zone: self.config.node.zone.clone(),

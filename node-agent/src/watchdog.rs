@@ -105,10 +105,23 @@ impl Watchdog {
         }
     }
 
-    /// Whether there is one to open. Loads nothing and arms nothing.
+    /// Whether there is one that may be running: another process armed it and left it so, as a
+    /// rule. Loads nothing and arms nothing. Where the kernel does not tell, one that is there may.
     #[must_use]
-    pub fn is_present(device: Option<&Path>) -> bool {
-        device.map_or_else(|| find().is_some(), Path::exists)
+    pub fn may_be_armed(device: Option<&Path>) -> bool {
+        let path = match device {
+            Some(path) if path.exists() => path.to_owned(),
+            Some(_) => return false,
+            None => match find() {
+                Some(path) => path,
+                None => return false,
+            },
+        };
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        // The device without a number is the first one (watchdog-api.rst).
+        let name = if name == "watchdog" { "watchdog0" } else { name };
+        let state = std::fs::read_to_string(format!("/sys/class/watchdog/{name}/state"));
+        state.map_or(true, |state| state.trim() != "inactive")
     }
 
     /// What the device calls itself, e.g. `i6300ESB timer`.
@@ -135,14 +148,20 @@ impl Watchdog {
         Ok(())
     }
 
-    /// Stops it for good: the machine is not reset any more. For an orderly end without HA VMs.
-    pub fn disarm(mut self) {
+    /// Stops it while it stays open. `false`: it cannot be stopped so, and must be petted on.
+    #[must_use]
+    pub fn stop(&self) -> bool {
         let mut disable = WDIOS_DISABLECARD;
         // SAFETY: the descriptor is open; WDIOC_SETOPTIONS reads one int.
-        let disabled = unsafe { set_options(self.file.as_raw_fd(), &raw mut disable) };
+        unsafe { set_options(self.file.as_raw_fd(), &raw mut disable) }.is_ok()
+    }
+
+    /// Stops it for good: the machine is not reset any more. For an orderly end without HA VMs.
+    pub fn disarm(mut self) {
+        let stopped = self.stop();
         // The magic close: a driver that knows it stops when the last byte before closing is `V`.
         let told = self.file.write_all(b"V");
-        if disabled.is_err() && (told.is_err() || self.info.options & WDIOF_MAGICCLOSE == 0) {
+        if !stopped && (told.is_err() || self.info.options & WDIOF_MAGICCLOSE == 0) {
             tracing::warn!(
                 device = %self.path.display(), identity = self.identity(),
                 "the watchdog cannot be stopped (nowayout): it will reset this machine"
@@ -204,7 +223,8 @@ mod tests {
         let error = Watchdog::open(Some(file.path()), Duration::from_secs(8)).unwrap_err();
         assert!(error.to_string().contains("asking what it is"), "{error}");
         let none = Path::new("/dev/no-such-watchdog");
-        assert!(!Watchdog::is_present(Some(none)));
+        assert!(!Watchdog::may_be_armed(Some(none)));
+        assert!(Watchdog::may_be_armed(Some(file.path())), "nobody says that it is not");
         let error = Watchdog::open(Some(none), Duration::from_secs(8)).unwrap_err();
         assert!(error.to_string().contains("/dev/no-such-watchdog"), "{error}");
     }

@@ -1,4 +1,5 @@
-//! The thread that keeps the lease: sends heartbeats, ends HA VMs when it runs out, pets the dog.
+//! A member's share of the lease's thread: sends heartbeats, ends HA VMs when the lease runs out,
+//! says when the watchdog may be petted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,60 +12,50 @@ use proto::v1::{HeartbeatRequest, HeartbeatResponse};
 use proto::{Name, keys};
 use tokio_util::sync::CancellationToken;
 
-use super::LeaseMemory;
+use super::guard::{Allowed, Guard, Source};
+use super::memory::{FormerLease, LeaseMemory};
+use crate::clock::boottime_ns;
 use crate::node::Node;
 use crate::reconcile::{Step, decide};
-use crate::watchdog::Watchdog;
 
 /// How often the lease is looked at. The self-stop is late by at most this much.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How often a fenced node that is back looks whether it is clean.
 const STRANGERS_EVERY: Duration = Duration::from_millis(200);
 
-/// What the thread works with.
+/// What a member works with.
 #[derive(Debug)]
-pub struct Beat {
+pub(super) struct Beat {
     node: Arc<Node>,
-    started: Instant,
+    /// Counts until this node has had a lease of its own.
+    former: FormerLease,
     had_lease: Arc<AtomicBool>,
     /// Set while this node cleans up after it was fenced.
     cleaning: Arc<AtomicBool>,
     memory: Arc<LeaseMemory>,
 }
 
-/// Starts the thread; it ends when `stop` is cancelled. The watchdog is left armed then, unless no
-/// HA VM process exists.
-///
-/// # Errors
-/// If the thread, or the note for the next agent, cannot be made.
-pub fn spawn(
-    node: Arc<Node>,
-    watchdog: Option<Watchdog>,
-    stop: CancellationToken,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let memory = Arc::new(LeaseMemory::open(&node.config.run_dir)?);
-    std::thread::Builder::new().name("lease".to_owned()).spawn(move || {
-        let beat = Beat {
+impl Beat {
+    /// Of a member that has no lease yet.
+    pub(super) fn new(node: Arc<Node>, memory: LeaseMemory, former: FormerLease) -> Self {
+        Self {
             node,
-            started: Instant::now(),
+            former,
             had_lease: Arc::default(),
             cleaning: Arc::default(),
-            memory,
-        };
-        runtime.block_on(beat.run(watchdog, stop));
-    })
-}
+            memory: Arc::new(memory),
+        }
+    }
 
-impl Beat {
-    async fn run(&self, watchdog: Option<Watchdog>, stop: CancellationToken) {
+    /// Runs until `stop` is cancelled. The watchdog is left running then, unless no HA VM process
+    /// exists.
+    pub(super) async fn run<S: Source>(&self, mut guard: Guard<S>, stop: CancellationToken) {
         let timing = self.node.lease.timing();
         let beat_every = Duration::from_millis(timing.heartbeat_interval_ms());
-        let pet_every = Duration::from_millis(timing.pet_interval_ms());
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let (mut next_beat, mut next_pet) = (Instant::now(), Instant::now());
+        let mut next_beat = Instant::now();
         let mut stopped_ha = false;
         loop {
             tokio::select! {
@@ -73,25 +64,23 @@ impl Beat {
             }
             stopped_ha = self.self_stop(stopped_ha);
             let now = Instant::now();
-            if let Some(watchdog) = &watchdog
-                && now >= next_pet
-                && self.node.lease.may_pet(self.ha_processes())
-            {
-                if let Err(error) = watchdog.pet() {
-                    tracing::error!("cannot pet the watchdog: {error}");
-                }
-                next_pet = now + pet_every;
-            }
+            guard.look(self.allowed(), now);
             if now >= next_beat {
                 next_beat = now + beat_every;
                 self.send(Duration::from_millis(timing.self_stop_ms()));
             }
         }
-        if let Some(watchdog) = watchdog
-            && self.ha_processes() == 0
-        {
-            watchdog.disarm();
-        }
+        guard.end(self.allowed());
+    }
+
+    fn allowed(&self) -> Allowed {
+        let alive = self.ha_processes();
+        let of_former = !self.had_lease() && self.former.may_pet(boottime_ns());
+        Allowed { pet: self.node.lease.may_pet(alive) || of_former, stop: alive == 0 }
+    }
+
+    fn had_lease(&self) -> bool {
+        self.had_lease.load(Ordering::Acquire)
     }
 
     fn ha_processes(&self) -> usize {
@@ -99,14 +88,13 @@ impl Beat {
     }
 
     /// Ends HA VMs without a fresh lease. An agent that just came up leaves the VMs it adopted to
-    /// their own deadlines, until a lease of its own would have run out.
+    /// their own deadlines, until the lease that those come from has ended.
     fn self_stop(&self, told: bool) -> bool {
         let lease = &self.node.lease;
         if lease.is_fresh() {
             return false;
         }
-        let self_stop = Duration::from_millis(lease.timing().self_stop_ms());
-        let due = self.had_lease.load(Ordering::Relaxed) || self.started.elapsed() > self_stop;
+        let due = self.had_lease() || self.former.has_ended(boottime_ns());
         if !due || self.ha_processes() == 0 {
             return told;
         }
@@ -144,9 +132,9 @@ impl Beat {
                 }
                 Ok(Ok(answer)) => {
                     if let Some(deadline_ns) = node.lease.acknowledged(sequence, answer.term) {
-                        had_lease.store(true, Ordering::Relaxed);
-                        node.supervisor.renew_deadlines(deadline_ns);
+                        had_lease.store(true, Ordering::Release);
                         memory.renewed(deadline_ns);
+                        node.supervisor.renew_deadlines(deadline_ns);
                     }
                 }
                 Ok(Err(status)) => tracing::debug!("heartbeat: {}", status.message()),

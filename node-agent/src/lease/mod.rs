@@ -1,22 +1,24 @@
 //! The node lease: heartbeats to the Raft leader, and what hangs on their answers.
 //!
 //! ```text
-//!  own thread ─┬─ every heartbeat: Peer.Heartbeat to the leader ─► acknowledged(sequence, term)
+//!  own thread ─┬─ before it has one: what an earlier agent's lease allows, see `keeper`
+//!              ├─ every heartbeat: Peer.Heartbeat to the leader ─► acknowledged(sequence, term)
 //!              │                                                     └► RenewDeadline to VM processes
 //!              ├─ expired (0.6 L after sending): end all HA VM processes
 //!              ├─ told that it was fenced: end all HA VM processes, delete the record, begin anew
 //!              └─ watchdog: petted while the lease is young, or no HA VM process exists
 //! ```
 //!
-//! Owns: the heartbeat loop, on a thread and a runtime of its own so that load on the agent does
+//! Owns: the watchdog, and the heartbeat loop, on a thread and a runtime of its own so that load on the agent does
 //! not starve it. Time is `CLOCK_BOOTTIME`. Never: decides who is dead (the leader's detector does).
 //!
 //! Invariant: a deadline given to a VM process comes from [`ha_manager::NodeLease`] alone.
 
+mod guard;
 mod heartbeat;
+mod keeper;
 mod memory;
 mod state;
 
-pub use heartbeat::{Beat, spawn};
-pub use memory::{LeaseMemory, may_still_pet};
+pub use keeper::Keeper;
 pub use state::{Lease, boottime_ms};

@@ -19,6 +19,7 @@ mod client;
 mod deadline;
 mod health;
 mod launch;
+mod left;
 mod process;
 mod start;
 #[cfg(test)]
@@ -40,6 +41,7 @@ use tonic::transport::Channel;
 pub use launch::{
     BootFiles, CpuidLeaf, DiskFile, IncomingLaunch, Launch, Nic, ResolveError, mac_of,
 };
+pub(crate) use left::LeftRunning;
 pub use start::{StartError, Started};
 pub(crate) use state::{Files, StateFile};
 
