@@ -33,6 +33,12 @@
 //! - A **state file that cannot be read** stands for a process that is alive.
 //!
 //! The node's own lease, once it has one, takes the place of all this: it is later than the note.
+//!
+//! Not covered: when the process that holds a watchdog dies, Linux gives it another timeout
+//! (watchdog_release in drivers/watchdog/watchdog_dev.c). An agent that is cut off from the leader
+//! for more than 0.4 L, *and* is killed before 0.8 L, *and* leaves a process that hangs in a disk
+//! write, is on a machine that is reset up to 0.4 L too late. Locks on the storage's side, and power
+//! fencing, cover that.
 
 use std::io;
 use std::path::Path;
