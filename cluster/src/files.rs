@@ -77,13 +77,16 @@ pub enum FileRefused {
     /// A file, or all of the changes together, are larger than the store takes.
     #[error("too large: {0}")]
     TooLarge(String),
+    /// The data, or the disk it is on, is full; nothing was written.
+    #[error("no space: {0}")]
+    Full(String),
     /// No majority of the voters is reachable; nothing was written.
     #[error("no quorum: {0}")]
     NoQuorum(String),
     /// Whether the changes were committed is not known; look before repeating them.
     #[error("the outcome is unknown: {0}")]
     Unknown(String),
-    /// The store takes nothing at present (its disk is full, it is shutting down, others changed
+    /// The store takes nothing at present (it is shutting down, others changed
     /// the same files again and again); nothing was written.
     #[error("the store is busy: {0}")]
     Busy(String),

@@ -56,10 +56,7 @@ impl Tree {
                 (FileType::RegularFile, size, time, 0o444, Duration::ZERO)
             }
         };
-        let nlink = match &inode.body {
-            Body::File(_) if inode.linked => names::links(&path),
-            _ => u32::from(inode.linked || number == super::inode::ROOT),
-        };
+        let nlink = u32::from(inode.linked || number == super::inode::ROOT);
         Ok(Attributes { ttl, attr: attr(number, kind, size, time, perm, nlink) })
     }
 

@@ -82,14 +82,18 @@ impl Tree {
             FileRefused::TooLarge(_) => Errno::EFBIG,
             FileRefused::NoQuorum(_) => Errno::EROFS,
             FileRefused::Unknown(_) => Errno::EIO,
+            FileRefused::Full(_) => Errno::ENOSPC,
             FileRefused::Busy(_) if self.source.node().db().disk_low() => Errno::ENOSPC,
             FileRefused::Busy(_) => Errno::EBUSY,
         }
     }
 
-    /// As [`Tree::errno`], where one file is written: who may not write it is told why beside it.
+    /// As [`Tree::errno`], where one file is written: who may not write it, or finds no room, is told why
+    /// beside it.
     pub(super) fn errno_at(&self, path: &str, failure: Failure) -> Errno {
-        if let Failure::Refused(refused @ FileRefused::Denied(_)) = &failure {
+        if let Failure::Refused(refused @ (FileRefused::Denied(_) | FileRefused::Full(_))) =
+            &failure
+        {
             let reason = refused.to_string();
             self.change(|names| ((), names.note(path, &reason)));
         }

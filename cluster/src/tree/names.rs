@@ -92,23 +92,23 @@ pub(super) fn is_object(path: &str) -> bool {
     DocumentPath::of(path).is_some()
 }
 
-/// Names that a file seems to have. Editors look at this before they write: one that would rename a
-/// file to its backup and make a new one writes into the file itself where there are several, and
-/// keeps a copy for the backup. A VM must not go, not even while it is edited.
-pub(super) fn links(path: &str) -> u32 {
-    if is_object(path) { 2 } else { 1 }
-}
-
 /// Permission bits. Everything belongs to root; nothing stores modes, they follow from the path.
 /// Others see what is at the top, and read nothing that people wrote: so no `chmod` can promise a
 /// secrecy that is not there.
+///
+/// What stands for nothing (a draft, an editor's own file) has another mode than a document, which
+/// editors notice: one that would rename a file to its backup and make a new one (vim) tries first
+/// whether a new file would come out like the old. It does not, so the editor copies, and writes into
+/// the file itself. A VM must not go, not even while it is edited. (A second link would tell editors
+/// the same, but has `cp -a` remove the file before it writes.)
 pub(super) fn mode(path: &str, folder: bool) -> u16 {
     match (is_private(path), folder) {
         (true, true) => 0o700,
         (true, false) => 0o600,
         (false, true) if path.is_empty() => 0o755,
         (false, true) => 0o750,
-        (false, false) => 0o640,
+        (false, false) if is_object(path) => 0o640,
+        (false, false) => 0o600,
     }
 }
 
@@ -153,7 +153,8 @@ mod tests {
             ("vms", true, 0o750),
             ("priv", true, 0o700),
             ("priv/ca", false, 0o600),
-            ("private", false, 0o640),
+            ("private", false, 0o600),
+            ("vms/web.toml", false, 0o640),
         ];
         for (path, folder, expected) in modes {
             assert_eq!(mode(path, folder), expected, "{path}");
@@ -164,12 +165,12 @@ mod tests {
     #[test]
     fn what_stands_for_something_is_told_from_editors_files() {
         for path in ["vms/web.toml", "nodes/n1.toml", "storage.toml"] {
-            assert!(is_object(path) && links(path) == 2, "{path}");
+            assert!(is_object(path), "{path}");
         }
         for path in
             ["vms/web.toml~", "vms/.web.toml.swp", "vms/sedAbC", "notes.toml", "x/storage.toml"]
         {
-            assert!(!is_object(path) && links(path) == 1, "{path}");
+            assert!(!is_object(path), "{path}");
         }
     }
 }

@@ -152,7 +152,13 @@ impl Tree {
                 let occupied = rename.no_replace && path == moving.to;
                 return if occupied { Err(Errno::EEXIST) } else { Ok(false) };
             }
-            Err(failure) => return Err(self.errno_at(&moving.to, failure)),
+            Err(failure) => {
+                return Err(match self.errno_at(&moving.to, failure) {
+                    // To `mv` this would mean a folder that is moved into itself, and it says so.
+                    Errno::EINVAL => Errno::EBADMSG,
+                    errno => errno,
+                });
+            }
         };
         if let Some(plan) = &moving.unsaved
             && let Ok(file) = self.lock().names.file(moving.inode)

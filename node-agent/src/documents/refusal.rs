@@ -86,7 +86,8 @@ pub(super) fn store_refused(error: &StoreError) -> FileRefused {
         StoreError::NoQuorum { .. } | StoreError::Recovering => FileRefused::NoQuorum(text),
         StoreError::UnknownOutcome { .. } => FileRefused::Unknown(text),
         StoreError::Private(_) => FileRefused::Denied(text),
-        StoreError::TooLarge(_) => FileRefused::TooLarge(text),
+        StoreError::TooLarge(_) | StoreError::Invalid(_) => FileRefused::TooLarge(text),
+        StoreError::NoSpace { .. } | StoreError::DiskFull { .. } => FileRefused::Full(text),
         _ => FileRefused::Busy(text),
     }
 }
@@ -112,6 +113,7 @@ pub(super) fn status_refused(status: &Status) -> FileRefused {
         Code::DeadlineExceeded | Code::Cancelled => FileRefused::Unknown(text),
         Code::PermissionDenied | Code::Unauthenticated => FileRefused::Denied(text),
         Code::InvalidArgument | Code::OutOfRange => FileRefused::TooLarge(text),
+        Code::ResourceExhausted => FileRefused::Full(text),
         _ => FileRefused::Busy(text),
     }
 }

@@ -90,6 +90,8 @@ while time.time() < end:
             break
     elif keys:
         os.write(fd, keys.pop(0))
+else:
+    os.kill(pid, 9)
 _, status = os.waitpid(pid, 0)
 sys.exit(os.waitstatus_to_exitcode(status))
 END
