@@ -57,7 +57,7 @@ impl Outlook {
         let mut text = format!("if {} fails: quorum stays ({left} of {voters})", self.node);
         let fates = [
             (&self.restart, "HA VMs that restart elsewhere"),
-            (&self.unplaceable, "HA VMs that no other node has room for"),
+            (&self.unplaceable, "HA VMs that no other node can take"),
             (&self.wait, "other VMs that wait for it"),
         ];
         for (vms, fate) in fates.iter().filter(|(vms, _)| !vms.is_empty()) {
@@ -158,7 +158,7 @@ mod tests {
     }
 
     fn summaries(votes: &[(u64, bool, bool)], vms: Vec<(Name, VmView)>) -> Vec<String> {
-        let nodes: BTreeMap<_, _> = votes.iter().map(|(id, _, _)| node(*id, 600)).collect();
+        let nodes: BTreeMap<_, _> = votes.iter().map(|(id, _, _)| node(*id, 700)).collect();
         let verdict = |up: bool| {
             if up { Verdict::Alive { age_ms: 0 } } else { Verdict::Dead { age_ms: 20_000 } }
         };
@@ -191,11 +191,11 @@ mod tests {
         assert_eq!(
             summaries(&[(1, true, true), (2, true, true), (3, true, true)], vms),
             [
-                "if node1 fails: quorum stays (2 of 3); HA VMs that no other node has room for: 1",
+                "if node1 fails: quorum stays (2 of 3); HA VMs that no other node can take: 1",
                 "if node2 fails: quorum stays (2 of 3); HA VMs that restart elsewhere: 1; HA VMs \
-                 that no other node has room for: 1; other VMs that wait for it: 1",
+                 that no other node can take: 1; other VMs that wait for it: 1",
                 "if node3 fails: quorum stays (2 of 3); HA VMs that restart elsewhere: 1; HA VMs \
-                 that no other node has room for: 1",
+                 that no other node can take: 1",
             ]
         );
     }

@@ -179,6 +179,7 @@ impl<S: Source> Guard<S> {
 
     fn release(&mut self) {
         let Some(device) = self.held.take() else { return };
+        self.tried = true; // what is stopped is not to be taken over once more
         if device.stop() {
             tracing::info!("the watchdog that an earlier agent left running is stopped");
             device.disarm();
