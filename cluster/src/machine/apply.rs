@@ -5,8 +5,8 @@ use std::io;
 use super::command::{Command, ConflictKv, KeyWrite, Reply, TxnCommand};
 use super::dedup::{self, Known};
 use super::{
-    Overlay, Place, Read, Record, Table, Version, VersionHead, compact, decode, encode, folders,
-    journal_key, newest, revision, usage, version_key,
+    Overlay, Place, Read, Record, Replaced, Table, Version, VersionHead, compact, decode, encode,
+    folders, journal_key, newest, revision, usage, version_key,
 };
 
 /// Applies one committed command at its log index.
@@ -67,8 +67,8 @@ fn execute<R: Read>(state: &mut Overlay<'_, R>, txn: &TxnCommand) -> io::Result<
     if !failed.is_empty() {
         return Ok(Reply::Conflict { revision: last, conflicts: present(failed) });
     }
-    let old: io::Result<Vec<_>> =
-        txn.writes.iter().map(|write| record(state, &write.key)).collect();
+    let replaced = |write: &KeyWrite| Ok(record(state, &write.key)?.map(Replaced::from));
+    let old: io::Result<Vec<_>> = txn.writes.iter().map(replaced).collect();
     let old = old?;
     if let Some(full) = usage::count(state, &txn.writes, &old)? {
         return Ok(Reply::Full(full));
@@ -92,7 +92,7 @@ fn write<R: Read>(
     txn: &TxnCommand,
     at: Place,
     key: &str,
-    (old, value): (Option<Record>, Option<&[u8]>),
+    (old, value): (Option<Replaced>, Option<&[u8]>),
 ) -> io::Result<bool> {
     if old.is_none() && value.is_none() {
         return Ok(false);

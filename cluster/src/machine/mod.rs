@@ -45,7 +45,7 @@ pub(crate) use history::{
 pub(crate) use lane::{Lane, folders, folders_of_prefix};
 pub(crate) use overlay::{Changes, Overlay, Read, Row, Table};
 pub(crate) use rows::{
-    Place, Record, Version, VersionHead, decode, decode_head, encode, journal_key, place_of,
-    prefix_end, revision, version_key, version_of,
+    Place, Record, Replaced, Version, VersionHead, decode, decode_head, encode, journal_key,
+    place_of, prefix_end, revision, version_key, version_of,
 };
 pub(crate) use usage::{DataLimits, Full, Share, Usage, kept, limits};

@@ -18,6 +18,23 @@ pub(crate) struct Record {
     pub(crate) value: Vec<u8>,
 }
 
+/// What is known of a record without its value: a transaction may replace very much at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Replaced {
+    pub(crate) create_revision: u64,
+    pub(crate) mod_revision: u64,
+    pub(crate) ordinal: u64,
+    /// The value's length.
+    pub(crate) value_bytes: usize,
+}
+
+impl From<Record> for Replaced {
+    fn from(record: Record) -> Self {
+        let Record { create_revision, mod_revision, ordinal, value } = record;
+        Self { create_revision, mod_revision, ordinal, value_bytes: value.len() }
+    }
+}
+
 /// What one write made of a key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Version {

@@ -12,7 +12,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::command::KeyWrite;
-use super::{Lane, Overlay, Read, Record, Table, decode, encode};
+use super::{Lane, Overlay, Read, Replaced, Table, decode, encode};
 
 /// Join tokens: people make them.
 const TOKENS: &str = "priv/tokens/";
@@ -103,7 +103,7 @@ fn is_bounded(share: Share, writes: &[KeyWrite]) -> bool {
 pub(super) fn count<R: Read>(
     state: &mut Overlay<'_, R>,
     writes: &[KeyWrite],
-    old: &[Option<Record>],
+    old: &[Option<Replaced>],
 ) -> io::Result<Option<Full>> {
     let limits = limits(state)?;
     let mut changed = Vec::new();
@@ -113,10 +113,10 @@ pub(super) fn count<R: Read>(
             writes.iter().zip(old).filter(|(write, _)| Share::of(&write.key) == share)
         {
             if let Some(old) = old {
-                less.add(size(&write.key, &old.value));
+                less.add(size(&write.key, old.value_bytes));
             }
             if let Some(value) = &write.value {
-                more.add(size(&write.key, value));
+                more.add(size(&write.key, value.len()));
             }
         }
         if less == more {
@@ -147,8 +147,8 @@ pub(super) fn count<R: Read>(
     Ok(None)
 }
 
-fn size(key: &str, value: &[u8]) -> Usage {
-    Usage { keys: 1, bytes: (key.len() + value.len()) as u64 }
+fn size(key: &str, value_bytes: usize) -> Usage {
+    Usage { keys: 1, bytes: (key.len() + value_bytes) as u64 }
 }
 
 impl Usage {
@@ -173,7 +173,7 @@ pub(super) fn count_version<R: Read>(
     if Share::of(key) != Share::Files {
         return Ok(());
     }
-    let (mut kept, one) = (kept(state)?, size(key, row));
+    let (mut kept, one) = (kept(state)?, size(key, row.len()));
     if came {
         kept.add(one);
     } else {
