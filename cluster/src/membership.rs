@@ -25,6 +25,13 @@ const ATTEMPTS: usize = 16;
 fn key(rest: &str) -> String {
     format!("{}{rest}", keys::PRIV)
 }
+/// Longest address of a node, bytes: a DNS name has 253 (RFC 1035), and there is a port.
+const ADDRESS_MAX: usize = 260;
+/// Tokens that are looked at when one is made.
+const OLD_TOKENS: usize = 64;
+/// So long an expired token is remembered, seconds.
+const TOKEN_MEMORY_S: u64 = 7 * 86_400;
+
 fn token_key(id: &str) -> String {
     key(&format!("tokens/{id}"))
 }
@@ -100,9 +107,24 @@ pub(crate) async fn create_token(
         .map_err(|error| random(&error))?;
     let expires_unix_s = unix_now_s().saturating_add(u64::from(ttl_s));
     let value = to_json(&TokenRecord::of(&token, expires_unix_s))?;
-    node.txn(Txn::new().if_absent(token_key(&token.id)).put(token_key(&token.id), value)).await?;
+    let made = Txn::new().if_absent(token_key(&token.id)).put(token_key(&token.id), value);
+    node.txn(without_old_tokens(node, made).await?).await?;
     let token = token.encode().map_err(|error| random(&error))?;
     Ok(v1::CreateTokenResponse { token, expires_unix_s })
+}
+
+/// Has a transaction also delete tokens that expired long ago: so long whoever tries one hears why
+/// it is worth nothing.
+async fn without_old_tokens(node: &Node, mut txn: Txn) -> Result<Txn, MembershipError> {
+    let now_s = unix_now_s();
+    let found = node.range(&token_key(""), "", OLD_TOKENS, Consistency::Linearizable, true).await?;
+    for kv in found.kvs {
+        let token: TokenRecord = from_json(&kv)?;
+        if token.expires_unix_s.saturating_add(TOKEN_MEMORY_S) < now_s {
+            txn = txn.delete(kv.key);
+        }
+    }
+    Ok(txn)
 }
 
 /// Signs a client's certificate.
@@ -122,6 +144,31 @@ pub(crate) async fn issue_client(
     Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
 }
 
+/// Refuses names that are numbers: people name nodes by id, too.
+pub(crate) fn check_label(name: &Name) -> Result<(), MembershipError> {
+    if name.as_str().bytes().all(|byte| byte.is_ascii_digit()) {
+        let text =
+            format!("`{name}` would pass for a node's id; choose a name with a letter in it");
+        return Err(MembershipError::Invalid(text));
+    }
+    Ok(())
+}
+
+/// Refuses what a node cannot say of itself.
+pub(crate) fn check_described(api: &str, enrol: &str, zone: &str) -> Result<(), String> {
+    for address in [api, enrol] {
+        let parts = address.rsplit_once(':').filter(|_| address.len() <= ADDRESS_MAX);
+        if !parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) {
+            let shown: String = address.chars().take(ADDRESS_MAX).collect();
+            return Err(format!("`{shown}` is not an address: host:port is needed"));
+        }
+    }
+    if !zone.is_empty() && zone.parse::<Name>().is_err() {
+        return Err("the zone is not a valid name".to_owned());
+    }
+    Ok(())
+}
+
 /// Lets a node in that brings a good token.
 pub(crate) async fn enrol(
     node: &Node,
@@ -132,18 +179,9 @@ pub(crate) async fn enrol(
         .parse()
         .map_err(|error: proto::InvalidName| Status::invalid_argument(error.to_string()))?;
     check_clock(request.now_unix_s, unix_now_s())?;
-    for address in [&request.api_address, &request.enrol_address] {
-        if !address
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        {
-            let text = format!("`{address}` is not an address: host:port is needed");
-            return Err(Status::invalid_argument(text));
-        }
-    }
-    if !request.zone.is_empty() && request.zone.parse::<Name>().is_err() {
-        return Err(Status::invalid_argument("the zone is not a valid name"));
-    }
+    check_label(&name).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    check_described(&request.api_address, &request.enrol_address, &request.zone)
+        .map_err(Status::invalid_argument)?;
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     let id = admit(node, &request, &name, &key_hash).await?;
@@ -351,5 +389,24 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
         // The agent knows what runs where.
         if_fails: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_says_of_itself_is_bounded() {
+        let long = format!("{}:7400", "a".repeat(300));
+        assert_eq!(check_described("10.0.0.1:7400", "[::1]:7401", "rack-1"), Ok(()));
+        assert_eq!(check_described("host:7400", "host:7401", ""), Ok(()));
+        for (api, zone) in [("host", ""), (":7400", ""), ("h:99999", ""), (&long, "")] {
+            let refused = check_described(api, "host:7401", zone).unwrap_err();
+            assert!(refused.contains("host:port") && refused.len() < 320, "{refused}");
+        }
+        for zone in ["Rack 1", "a\nb", &"z".repeat(1 << 20)] {
+            assert!(check_described("h:1", "h:2", zone).unwrap_err().contains("zone"));
+        }
     }
 }

@@ -142,6 +142,10 @@ async fn leave_raft(node: &Node, id: NodeId) -> Result<(), MembershipError> {
         Ok(Forwarded::DiskFull { folder, free_bytes }) => {
             Err(StoreError::DiskFull { path: folder.into(), free_bytes }.into())
         }
+        // It leads, and nobody else can.
+        Ok(Forwarded::Refused(why)) => {
+            Err(MembershipError::Invalid(format!("node {id} stays a member: {why}")))
+        }
         Ok(other) => Err(StoreError::UnknownOutcome { why: format!("{other:?}") }.into()),
     }
 }

@@ -14,7 +14,7 @@ use std::time::Instant;
 use proto::{Name, NodeId, Revision, keys};
 
 use crate::consensus::{Forward, Forwarded};
-use crate::membership::{from_json, name_key, to_json};
+use crate::membership::{check_label, from_json, name_key, to_json};
 use crate::node::Node;
 use crate::{Consistency, MembershipError, StoreError, Txn, TxnOutcome};
 
@@ -28,6 +28,7 @@ pub(crate) async fn rename_node(
     id: NodeId,
     name: &Name,
 ) -> Result<(), MembershipError> {
+    check_label(name)?;
     for _ in 0..ATTEMPTS {
         let Some(claim) = claim(node, id, name).await? else { continue };
         label(node, id, name).await?;

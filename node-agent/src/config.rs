@@ -294,6 +294,9 @@ impl Config {
         };
         config.apply(flags)?;
         config.check()?;
+        // A dead mount over it would keep the next agent from reading it.
+        config
+            .check_visible("--config", flags.config.as_deref().unwrap_or(DEFAULT_PATH.as_ref()))?;
         Ok(config)
     }
 
@@ -379,20 +382,25 @@ impl Config {
             let zone = self.node.zone.parse::<Name>();
             zone.map_err(|e| ConfigError::Value(format!("node.zone: {e}")))?;
         }
-        for (key, path) in [("data_dir", &self.data_dir), ("run_dir", &self.run_dir)] {
-            if self.tree.holds(path) {
-                return refuse(format!(
-                    "tree.mount = \"{}\" is refused: it would hide {key} = \"{}\"; give an empty \
-                     folder, or \"off\"",
-                    self.tree.mount.display(),
-                    path.display()
-                ));
-            }
-        }
+        self.check_visible("data_dir", &self.data_dir)?;
+        self.check_visible("run_dir", &self.run_dir)?;
+        self.check_visible("socket", &self.socket_path())?;
         if self.uid_base < 1000 {
             return refuse(format!("uid_base = {} is refused: give 1000 or more", self.uid_base));
         }
         Ok(())
+    }
+
+    fn check_visible(&self, key: &str, path: &Path) -> Result<(), ConfigError> {
+        if !self.tree.holds(path) {
+            return Ok(());
+        }
+        Err(ConfigError::Value(format!(
+            "tree.mount = \"{}\" is refused: it would hide {key} = \"{}\"; give an empty folder, or \
+             \"off\"",
+            self.tree.mount.display(),
+            path.display()
+        )))
     }
 
     /// The local Unix socket.
@@ -533,6 +541,7 @@ mod tests {
             ("[tree]\nmount = \"here\"", "an absolute path, or \"off\""),
             ("[node]\nzone = \"Rack 1\"", "node.zone"),
             ("[tree]\nmount = \"/var/lib\"", "it would hide data_dir"),
+            ("socket = \"/etc/a/s\"\n[tree]\nmount = \"/etc/a\"", "it would hide socket"),
         ] {
             std::fs::write(&path, text).unwrap();
             let flags = Flags { config: Some(path.clone()), ..Flags::default() };

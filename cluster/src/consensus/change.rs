@@ -215,7 +215,7 @@ pub(crate) async fn update_node(
 }
 
 /// Hands leadership over: to the voter that is asked for, else to the one whose log is furthest, a
-/// witness last. Done where `from` does not lead (any more).
+/// witness last; never to one whose log is far behind. Done where `from` does not lead (any more).
 pub(crate) async fn transfer(
     raft: &Raft,
     from: u64,
@@ -265,7 +265,11 @@ fn heir(metrics: &Metrics, to: Option<u64>, within: Duration) -> Result<u64, Str
     }
     let matched =
         |id: u64| metrics.replication.as_ref().and_then(|r| r.get(&id).copied().flatten());
-    let fit = others.iter().filter(|seen| seen.voter && answers(seen));
+    // While the lead is handed over nobody leads: not to one that has much of the log to fetch first.
+    let fit = others.iter().filter(|seen| seen.voter && answers(seen) && seen.caught_up);
     let best = fit.min_by_key(|s| (s.node.witness, Reverse(matched(s.id).map(|m| m.index)), s.id));
-    best.map(|seen| seen.id).ok_or_else(|| "no other voter answers".to_owned())
+    best.map(|seen| seen.id).ok_or_else(|| {
+        "no other voter answers and has the whole log; look at `clusterctl cluster status`"
+            .to_owned()
+    })
 }

@@ -16,6 +16,7 @@ use super::network::{REMOVED, from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::machine::{Reply, TxnCommand};
+use crate::membership::check_described;
 use crate::node::Node;
 use crate::tls::require_node;
 
@@ -221,10 +222,12 @@ impl RaftApi for RaftService {
     ) -> Result<Response<RaftMessage>, Status> {
         let from = self.admit(&request)?;
         let asked = from_message(request.get_ref())?;
-        if let Forward::Describe { id, .. } = &asked
-            && *id != from.0
-        {
-            return Err(Status::permission_denied("a node describes itself only"));
+        if let Forward::Describe { id, node } = &asked {
+            if *id != from.0 {
+                return Err(Status::permission_denied("a node describes itself only"));
+            }
+            check_described(&node.api_address, &node.enrol_address, &node.zone)
+                .map_err(Status::invalid_argument)?;
         }
         // Less than the asking member waits: it is to hear what became of it.
         let limit = self.node.config().request_timeout / 2;

@@ -57,7 +57,7 @@ impl Cf {
     }
 }
 
-const FORMAT: &[u8] = b"2";
+const FORMAT: &[u8] = b"3";
 /// With less room than this nothing at all is written any more.
 const LAST_BYTES: u64 = 4 << 20;
 

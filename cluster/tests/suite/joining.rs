@@ -247,7 +247,8 @@ fn one_agent_per_data_folder_and_no_damaged_database() -> Outcome {
     std::fs::remove_file(database.join("CURRENT"))?;
     let nameless = runtime.block_on(open(config.clone()));
     assert!(matches!(nameless, Err(OpenError::Unusable { .. })), "{nameless:?}");
-    std::fs::remove_dir_all(&database)?;
+    // Moved, not removed: what failed to open may still be closing its files.
+    std::fs::rename(&database, config.data_dir.join("gone"))?;
     std::fs::create_dir(&database)?;
     let empty = runtime.block_on(open(config.clone()));
     assert!(matches!(empty, Err(OpenError::Unusable { .. })), "{empty:?}");

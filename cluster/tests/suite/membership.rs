@@ -138,6 +138,8 @@ fn a_node_gets_another_name() -> Outcome {
     let rename = |on: usize, name: &str| rename(&lab, on, id, name);
     let taken = rename(0, "n1").err().ok_or("two nodes of one name")?;
     assert!(taken.to_string().contains("choose another name"), "{taken}");
+    let number = rename(0, "1").err().ok_or("a name that passes for another node's id")?;
+    assert!(number.to_string().contains("would pass for a node's id"), "{number}");
     rename(0, "other")?;
     lab.wait("it knows", |lab| Ok(*lab.nodes[1].cluster()?.node_name().borrow() == "other"))?;
     // The old name is free again.
