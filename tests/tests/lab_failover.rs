@@ -135,6 +135,11 @@ fn a_killed_agent_finds_its_vm_again(stage: &mut Failover) -> anyhow::Result<()>
     ensure!(lab.vm_pids(owner)? == pids, "the VM's process is another one");
     let report = talk.finish()?;
     ensure!(report.connections == 1, "{report:?}");
+    // The mount that the killed agent left is replaced by the new one's.
+    let document = "/etc/holdfast/cluster/vms/web.toml";
+    wait_until(BOOT, "the configuration is mounted again", || {
+        Ok(lab.exec(owner, &["cat", document]).is_ok_and(|text| text.contains("web")))
+    })?;
     // It is the agent's again: it can be moved.
     let target = lab.numbers().into_iter().find(|n| *n != owner && *n != watcher);
     lab.migrate(watcher, &web.name, target.context("three nodes are needed")?)?;
@@ -271,5 +276,15 @@ fn minority_refuses(lab: &Lab) -> anyhow::Result<()> {
     })?;
     let code = refused("late0", &["majority", "quorum"])?;
     ensure!(code == 5, "the exit code for no quorum is 5, not {code}");
+
+    // So are the files: they can be read, and are a read-only file system to who writes.
+    let file = "/etc/holdfast/cluster/vms/plain.toml";
+    let save = format!("cat {file} >/tmp/plain.toml && dd if=/tmp/plain.toml of={file} conv=fsync");
+    let started = Instant::now();
+    let output = lab.run(1, &["sh", "-c", &save], b"", Duration::from_secs(20))?;
+    println!("the file: after {:?}, {output:?}", started.elapsed());
+    ensure!(output.code != 0, "a minority saved a file");
+    ensure!(output.stderr.contains("Read-only file system"), "{output:?}");
+    ensure!(started.elapsed() < Duration::from_secs(5), "it took too long");
     Ok(())
 }

@@ -38,6 +38,7 @@ fn an_operator_makes_mistakes_and_nothing_breaks() -> anyhow::Result<()> {
         &mut stage,
         &[
             ("documents that make no sense are refused", bad_documents),
+            ("the configuration is edited as files", the_mounted_tree),
             ("migrations that cannot be are refused", impossible_migrations),
             ("files that are not what they should be are refused, or fail a start", bad_files),
             ("a member cannot join or form once more", joining_again),
@@ -190,6 +191,37 @@ fn bad_documents(stage: &mut Operations) -> anyhow::Result<()> {
     refused_document(lab, &web.document(), &["web"])?;
     refused_document(lab, &good.replace("\"lan\"", "\"nowhere\""), &["nowhere"])?;
     refused(lab, 1, &["vm", "show", "other"], &["other"])
+}
+
+/// Where nodes mount the configuration.
+const TREE: &str = "/etc/holdfast/cluster";
+
+/// Edited on one node, seen on the others at once; refused with the reason beside the file.
+fn the_mounted_tree(stage: &mut Operations) -> anyhow::Result<()> {
+    let Operations { lab, .. } = stage;
+    let file = format!("{TREE}/vms/web.toml");
+    let before = lab.exec(2, &["cat", &file])?;
+    ensure!(before.contains("memory = \"128MiB\""), "it is not web's document: {before}");
+    lab.sh(1, &format!("sed -i 's/\"128MiB\"/\"160MiB\"/' {file}"))?;
+    wait_until(SHORT, "node 2 sees what node 1 wrote", || {
+        Ok(lab.exec(2, &["cat", &file])?.contains("160MiB"))
+    })?;
+    let shown = lab.ctl(3, &["config", "show", "vms/web"])?;
+    ensure!(shown.contains("160MiB"), "clusterctl does not show it: {shown}");
+
+    lab.sh(2, &format!("sed 's/cpus = 1/cpus = 99/' {file} >/tmp/bad.toml"))?;
+    let save = format!("dd if=/tmp/bad.toml of={file} conv=fsync");
+    let refused = lab.run(2, &["sh", "-c", &save], b"", SHORT)?;
+    ensure!(refused.code != 0, "a broken document was saved: {refused:?}");
+    ensure!(refused.stderr.contains("Invalid argument"), "{refused:?}");
+    let why = lab.exec(2, &["cat", &format!("{file}.error")])?;
+    println!("{file}.error: {why}");
+    ensure!(why.contains("cpus") && why.contains("1 to 8"), "no reason: {why}");
+    let kept = lab.exec(1, &["cat", &file])?;
+    ensure!(kept.contains("cpus = 1\n") && kept.contains("160MiB"), "it was changed: {kept}");
+
+    lab.sh(3, &format!("sed -i 's/\"160MiB\"/\"128MiB\"/' {file}"))?;
+    wait_until(SHORT, "it is as it was", || Ok(lab.exec(1, &["cat", &file])? == before))
 }
 
 fn impossible_migrations(stage: &mut Operations) -> anyhow::Result<()> {
