@@ -7,12 +7,12 @@ use futures::stream::BoxStream;
 use proto::v1::enrolment_server::EnrolmentServer;
 use proto::v1::raft_server::RaftServer;
 use proto::{Name, NodeId, Revision, keys, v1};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
+use crate::host::Listen;
 use crate::machine::ANSWER_BYTES;
 use crate::node::Node;
 use crate::service::EnrolmentService;
@@ -379,11 +379,11 @@ impl Cluster {
     ///
     /// # Errors
     /// [`OpenError`]: the node's key and certificates do not work.
-    pub fn incoming(
+    pub fn incoming<L: Listen>(
         &self,
-        listener: TcpListener,
+        listener: L,
     ) -> Result<
-        impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<>,
+        impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<L>,
         OpenError,
     > {
         let tls =
@@ -394,11 +394,11 @@ impl Cluster {
     ///
     /// # Errors
     /// [`OpenError`]: the node's key and certificates do not work.
-    pub fn enrol_incoming(
+    pub fn enrol_incoming<L: Listen>(
         &self,
-        listener: TcpListener,
+        listener: L,
     ) -> Result<
-        impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<>,
+        impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<L>,
         OpenError,
     > {
         let tls = tls::enrol_server(self.node.identity()).map_err(|error| self.unusable(&error))?;

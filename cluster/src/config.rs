@@ -1,7 +1,10 @@
 //! What a cluster member is told when it opens: where its data is, how others reach it, timings.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::host::{Host, ThisHost};
 
 /// Settings of one member. Addresses are the advertised ones, as other nodes dial them.
 #[derive(Debug, Clone)]
@@ -34,6 +37,8 @@ pub struct ClusterConfig {
     pub snapshot_every: u64,
     /// Log entries kept behind a snapshot for followers that lag a little.
     pub snapshot_keep: u64,
+    /// The machine under this member.
+    pub host: Arc<dyn Host>,
 }
 
 impl ClusterConfig {
@@ -54,6 +59,7 @@ impl ClusterConfig {
             limits: Limits::default(),
             snapshot_every: 20_000,
             snapshot_keep: 5_000,
+            host: Arc::new(ThisHost),
         }
     }
 }

@@ -1,12 +1,14 @@
 //! The joining node's side: find a member, make sure it is of the token's cluster, ask to be let in.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use proto::v1::enrolment_client::EnrolmentClient;
 use proto::v1::{EnrolRequest, EnrolResponse};
 use proto::{Name, NodeId};
 use tonic::Code;
 
+use crate::host::Host;
 use crate::identity::token::Token;
 use crate::identity::{
     Identity, NodeIdentity, any_node, fingerprint, request, request_for, write_private,
@@ -39,7 +41,7 @@ pub(crate) async fn enrol(
             zone: config.zone.clone(),
             witness: config.witness,
         };
-        match ask(&token, address, request).await {
+        match ask(&config.host, &token, address, request).await {
             Ok(answer) => return identity(&token, name, key_pem, answer),
             Err(Failed::Here(why)) => tried.push(format!("{address}: {why}")),
             Err(Failed::Everywhere(error)) => return Err(error),
@@ -55,14 +57,19 @@ enum Failed {
     Everywhere(JoinError),
 }
 
-async fn ask(token: &Token, address: &str, request: EnrolRequest) -> Result<EnrolResponse, Failed> {
+async fn ask(
+    host: &Arc<dyn Host>,
+    token: &Token,
+    address: &str,
+    request: EnrolRequest,
+) -> Result<EnrolResponse, Failed> {
     let malformed =
         || Failed::Everywhere(JoinError::Malformed("its cluster id is not valid".into()));
     let expect = any_node(&token.cluster_id).ok_or_else(malformed)?;
     let tls = enrol_client(&token.ca_fingerprint)
         .map_err(|error| Failed::Everywhere(JoinError::Identity(error.to_string())))?;
     // Once by hand first: gRPC's own error does not tell a wrong CA from a closed port.
-    if let Err(error) = connect(tls.clone(), address, expect.clone()).await {
+    if let Err(error) = connect(host.as_ref(), tls.clone(), address, expect.clone()).await {
         let wrong = error
             .get_ref()
             .and_then(|inner| inner.downcast_ref::<rustls::Error>())
@@ -74,7 +81,8 @@ async fn ask(token: &Token, address: &str, request: EnrolRequest) -> Result<Enro
         });
     }
     let there = address.to_owned();
-    let mut client = EnrolmentClient::new(channel(tls, move || there.clone(), expect));
+    let channel = channel(host.clone(), tls, move || there.clone(), expect);
+    let mut client = EnrolmentClient::new(channel);
     match client.enrol(request).await {
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) => Err(match status.code() {

@@ -21,6 +21,7 @@ mod consensus;
 mod enrol;
 mod error;
 mod files;
+pub mod host;
 mod identity;
 mod machine;
 mod membership;

@@ -2,11 +2,12 @@
 //!
 //! Keys: `priv/ca`, `priv/tokens/ID`, `priv/next-node-id`, `priv/names/NAME` (a name is taken).
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use proto::{Name, NodeId, keys, v1};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 use tonic::Status;
 
 use crate::consensus::{Forward, Forwarded, MemberNode};

@@ -2,12 +2,14 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::{Name, NodeId};
 use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::Instant;
 
 use crate::consensus::{MemberNode, lead};
+use crate::host::{Host, blocking};
 use crate::identity::{Ca, Identity, NodeIdentity, request};
 use crate::membership;
 use crate::node::{self, Node};
@@ -62,10 +64,10 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
 async fn open_db(
     config: &ClusterConfig,
     lock: FolderLock,
-    open: fn(&Path, FolderLock) -> Result<Db, OpenError>,
+    open: fn(&Path, FolderLock, Arc<dyn Host>) -> Result<Db, OpenError>,
 ) -> Result<Arc<Db>, OpenError> {
-    let folder = config.data_dir.clone();
-    let opened = tokio::task::spawn_blocking(move || open(&folder, lock)).await;
+    let (folder, host) = (config.data_dir.clone(), config.host.clone());
+    let opened = blocking(config.host.as_ref(), move || open(&folder, lock, host)).await;
     let db = opened.map_err(|error| OpenError::Raft(error.to_string()))??;
     Ok(Arc::new(db))
 }

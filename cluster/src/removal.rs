@@ -12,10 +12,9 @@
 //!
 //! Each step can be repeated: whatever interrupted a removal, asking again (by name or id) ends it.
 
-use std::time::Instant;
-
 use proto::record::{Phase, Placement, RemovalRecord, RemovalState};
 use proto::{NodeId, Revision, keys};
+use tokio::time::Instant;
 
 use crate::consensus::{Forward, Forwarded};
 use crate::membership::{from_json, name_key, to_json};

@@ -9,9 +9,8 @@
 //! Invariants: a name that a member is called by is always claimed; what is claimed when a node's
 //! removal is announced is given back by the removal, and nothing is claimed after.
 
-use std::time::Instant;
-
 use proto::{Name, NodeId, Revision, keys};
+use tokio::time::Instant;
 
 use crate::consensus::{Forward, Forwarded};
 use crate::membership::{check_label, from_json, name_key, to_json};

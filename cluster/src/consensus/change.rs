@@ -2,12 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openraft::ChangeMembers;
 use openraft::async_runtime::instant::Instant as _;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::Precondition;
+use tokio::time::Instant;
 
 use super::lead::{current_metrics, last_index, leads};
 use super::service::Forwarded;

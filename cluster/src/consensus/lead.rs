@@ -1,11 +1,12 @@
 //! What only a leader can do, and what any member can see of Raft's state.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openraft::ReadPolicy;
 use openraft::async_runtime::instant::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use tokio::time::Instant;
 
 use super::service::Forwarded;
 use super::types::{MemberNode, Metrics, Raft};

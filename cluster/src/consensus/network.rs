@@ -30,6 +30,7 @@ use tonic::transport::Channel;
 use super::service::{Forward, Forwarded};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, TypeConfig, Vote};
+use crate::host::{Host, blocking};
 use crate::identity::node_host;
 use crate::tls::channel;
 
@@ -41,6 +42,7 @@ const CHUNK: usize = 1 << 20;
 /// change: each new connection goes where it is known to be then.
 #[derive(Debug)]
 pub(crate) struct Peers {
+    host: Arc<dyn Host>,
     tls: Arc<rustls::ClientConfig>,
     cluster_id: String,
     addresses: Arc<Mutex<HashMap<u64, String>>>,
@@ -48,8 +50,12 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    pub(crate) fn new(tls: Arc<rustls::ClientConfig>, cluster_id: String) -> Self {
-        Self { tls, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
+    pub(crate) fn new(
+        host: Arc<dyn Host>,
+        tls: Arc<rustls::ClientConfig>,
+        cluster_id: String,
+    ) -> Self {
+        Self { host, tls, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
     }
 
     /// A node is reached here from now on.
@@ -68,7 +74,7 @@ impl Peers {
             let addresses = addresses.lock().unwrap_or_else(PoisonError::into_inner);
             addresses.get(&node).cloned().unwrap_or_default()
         };
-        Some(channel(self.tls.clone(), address, expect))
+        Some(channel(self.host.clone(), self.tls.clone(), address, expect))
     }
 
     /// The connection that all callers share.
@@ -152,6 +158,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     async fn new_client(&mut self, target: u64, node: &MemberNode) -> Link {
         self.peers.note(target, &node.api_address);
         Link {
+            host: self.peers.host.clone(),
             client: self.peers.dedicated(target).map(raft_client),
             append_limit: self.append_limit,
             removed: self.removed.clone(),
@@ -162,6 +169,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 /// One of openraft's connections to one member.
 #[derive(Debug)]
 pub(crate) struct Link {
+    host: Arc<dyn Host>,
     client: Option<RaftClient<Channel>>,
     append_limit: Duration,
     removed: Arc<tokio::sync::watch::Sender<bool>>,
@@ -347,7 +355,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
         let header =
             postcard::to_stdvec(&(vote, &snapshot.meta)).map_err(|error| network(&error))?;
         let mut client = self.client().map_err(StreamingError::from)?;
-        let answer = client.install_snapshot(chunks(header, snapshot.snapshot));
+        let answer = client.install_snapshot(chunks(self.host.clone(), header, snapshot.snapshot));
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
             answer = tokio::time::timeout(option.soft_ttl(), answer) => {
@@ -379,12 +387,16 @@ async fn next_answer(
 }
 
 /// A snapshot in pieces; the first carries the header.
-fn chunks(header: Vec<u8>, file: SnapshotFile) -> impl Stream<Item = SnapshotChunk> + Send {
+fn chunks(
+    host: Arc<dyn Host>,
+    header: Vec<u8>,
+    file: SnapshotFile,
+) -> impl Stream<Item = SnapshotChunk> + Send {
     let file = Arc::new(file);
     futures::stream::unfold((Some(header), 0u64), move |(header, offset)| {
-        let file = file.clone();
+        let (host, file) = (host.clone(), file.clone());
         async move {
-            let read = tokio::task::spawn_blocking(move || file.chunk(offset, CHUNK)).await;
+            let read = blocking(host.as_ref(), move || file.chunk(offset, CHUNK)).await;
             let data = match read {
                 Ok(Ok(data)) => data,
                 // The receiver sees a snapshot that is too short and refuses it.

@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::network::{REMOVED, from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::host::blocking;
 use crate::machine::{Reply, TxnCommand};
 use crate::membership::check_described;
 use crate::node::Node;
@@ -189,14 +190,14 @@ impl RaftApi for RaftService {
         let mut chunk = Some(first);
         while let Some(piece) = chunk {
             self.room()?;
-            let written = tokio::task::spawn_blocking(move || {
+            let written = blocking(self.node.db().host(), move || {
                 file.write_all(&piece.data)?;
                 Ok::<_, std::io::Error>(file)
             });
             file = written.await.map_err(failed)?.map_err(disk)?;
             chunk = chunks.message().await?;
         }
-        let (snapshot, verified) = tokio::task::spawn_blocking(move || {
+        let (snapshot, verified) = blocking(self.node.db().host(), move || {
             let verified = file.sync_all().and_then(|()| snapshot.verify());
             (snapshot, verified)
         })

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::recent::Recent;
 use super::snapshot::{self, SnapshotFile};
 use super::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::host::blocking;
 use crate::machine::{Changes, Overlay, Read, Reply, Table, apply, decode, encode, revision};
 use crate::storage::{Db, View};
 
@@ -190,11 +191,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         snapshot: SnapshotFile,
     ) -> Result<(), io::Error> {
         let (machine, meta) = (self.clone(), meta.clone());
-        let loaded = tokio::task::spawn_blocking(move || {
+        let loaded = blocking(self.db.host(), move || {
             machine.load(&meta, &snapshot)?;
             snapshot::keep(&machine.folder(), &snapshot.path)
         });
-        loaded.await.map_err(io::Error::other)??;
+        loaded.await??;
         // The leader counts this node as holding all of it from now on.
         self.db.durable().await?;
         let applied = self.db.view(position)?;
@@ -214,8 +215,8 @@ impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let db = self.db.clone();
-        let built = tokio::task::spawn_blocking(move || snapshot::build(&db, meta));
-        let (meta, snapshot) = built.await.map_err(io::Error::other)??;
+        let built = blocking(self.db.host(), move || snapshot::build(&db, meta));
+        let (meta, snapshot) = built.await??;
         Ok(Snapshot { meta, snapshot })
     }
 }

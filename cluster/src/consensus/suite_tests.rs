@@ -19,8 +19,9 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         };
         use openraft::errors::ErrorSource;
         let folder = tempfile::tempdir().map_err(|error| failed(&error))?;
+        let host = Arc::new(crate::host::ThisHost);
         let lock = FolderLock::take(folder.path()).map_err(|error| failed(&error))?;
-        let db = Arc::new(Db::create(folder.path(), lock).map_err(|error| failed(&error))?);
+        let db = Arc::new(Db::create(folder.path(), lock, host).map_err(|error| failed(&error))?);
         let machine = StateMachine::open(db.clone()).map_err(|error| failed(&error))?;
         Ok((folder, LogStore::new(db), machine))
     }

@@ -2,7 +2,9 @@
 //! say where it is reached now; and as the leader: look after who votes, forget old history.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::voting::Voting;
 use super::{Node, retention};
@@ -30,7 +32,7 @@ async fn follow_raft(node: Arc<Node>) {
             let same = now.is_leader == is_leader && now.term == metrics.current_term;
             if !same {
                 // A new term begins anew even where the same node leads again.
-                let since = Instant::now();
+                let since = Instant::now().into_std();
                 *now = Leadership { is_leader, term: metrics.current_term, since };
             }
             !same
@@ -51,7 +53,7 @@ async fn follow_raft(node: Arc<Node>) {
     })
     .await;
     node.leadership.send_modify(|now| {
-        *now = Leadership { is_leader: false, term: now.term, since: Instant::now() };
+        *now = Leadership { is_leader: false, term: now.term, since: Instant::now().into_std() };
     });
 }
 

@@ -1,14 +1,14 @@
 //! Doing, as the leader, what a member asked for; and finding the leader to ask.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
+use tokio::time::Instant;
 
 use super::Node;
 use crate::StoreError;
 use crate::consensus::{Forward, Forwarded, MemberNode, ask, change, lead};
 use crate::machine::{Command, Reply};
-use crate::storage::free_bytes;
 
 /// How long a member that is not known to lead may take to say who does.
 const ELSEWHERE: Duration = Duration::from_millis(500);
@@ -30,7 +30,7 @@ impl Node {
         if writes && self.db.disk_low() {
             return Forwarded::DiskFull {
                 folder: self.db.folder().display().to_string(),
-                free_bytes: free_bytes(self.db.folder()).unwrap_or(0),
+                free_bytes: self.db.free_bytes().unwrap_or(0),
             };
         }
         match asked {

@@ -13,10 +13,11 @@ mod write;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::NodeId;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
 use crate::identity::Identity;

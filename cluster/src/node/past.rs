@@ -2,12 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::Revision;
+use tokio::time::Instant;
 
 use super::Node;
 use super::read::failed;
+use crate::host::blocking;
 use crate::machine::{self, At, Version, Written, changes, floor_of_prefix, range_at};
 use crate::storage::View;
 use crate::{
@@ -108,10 +110,8 @@ impl Node {
         read: impl FnOnce(&View<'_>) -> io::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         let db = self.db.clone();
-        match tokio::task::spawn_blocking(move || db.view(read)).await {
-            Ok(result) => result.map_err(failed),
-            Err(error) => Err(StoreError::Failed { why: error.to_string() }),
-        }
+        let read = blocking(self.db.host(), move || db.view(read)).await;
+        read.and_then(|read| read).map_err(failed)
     }
 }
 

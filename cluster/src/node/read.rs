@@ -1,9 +1,8 @@
 //! Reads of the present state.
 
-use std::time::Instant;
-
 use proto::record::{RemovalRecord, RemovalState};
 use proto::{Revision, keys};
+use tokio::time::Instant;
 
 use super::Node;
 use crate::consensus::{Applied, Forward, Forwarded, position};

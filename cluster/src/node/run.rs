@@ -2,12 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 
 use super::{Node, housekeeping};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
+use crate::host::blocking;
 use crate::identity::{Identity, fingerprint};
 use crate::service::Rate;
 use crate::storage::Db;
@@ -24,7 +26,7 @@ pub(crate) async fn start(
     let tls = member_client(&identity).map_err(|error| unusable(error.to_string()))?;
     let ca_fingerprint = fingerprint(&identity.ca_pem)
         .ok_or_else(|| unusable("ca.crt is not a certificate".to_owned()))?;
-    let peers = Arc::new(Peers::new(tls, identity.record.cluster_id.clone()));
+    let peers = Arc::new(Peers::new(config.host.clone(), tls, identity.record.cluster_id.clone()));
     let removed = Arc::new(watch::channel(false).0);
     let io = |source| OpenError::Io { path: config.data_dir.clone(), source };
     consensus::clean_up(&config.data_dir.join("snapshots")).map_err(io)?;
@@ -45,8 +47,12 @@ pub(crate) async fn start(
         raft,
         machine,
         peers,
-        leadership: watch::channel(Leadership { is_leader: false, term: 0, since: Instant::now() })
-            .0,
+        leadership: watch::channel(Leadership {
+            is_leader: false,
+            term: 0,
+            since: Instant::now().into_std(),
+        })
+        .0,
         label: watch::channel(identity.record.node_name.clone()).0,
         removed,
         failure: watch::channel(None).0,
@@ -80,7 +86,7 @@ impl Node {
             task.abort();
         }
         let db = self.db.clone();
-        if tokio::task::spawn_blocking(move || db.close()).await.is_err() {
+        if blocking(self.db.host(), move || db.close()).await.is_err() {
             tracing::error!("the database could not be closed");
         }
         // Watches and waiting callers look again, and find the end.

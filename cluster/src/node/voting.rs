@@ -2,7 +2,9 @@
 //! [`crate::voters`] decides, a step at a time.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Node;
 use crate::consensus::{Forwarded, Metrics, Seen, change};

@@ -1,7 +1,8 @@
 //! How often each client may ask: a bucket of turns per client that fills evenly.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 /// Clients that are remembered. One that is forgotten begins with a full bucket.
 const CLIENTS_MAX: usize = 1024;

@@ -6,16 +6,16 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rocksdb::{
     ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, ReadOptions,
     SnapshotWithThreadMode, WriteBatch,
 };
 
-use super::flush::Flusher;
-use super::{FolderLock, boot_id, free_bytes};
+use super::FolderLock;
 use crate::OpenError;
+use crate::host::{GroupCommit, Host};
 use crate::machine::{self, Read, Table};
 
 /// Column families.
@@ -64,6 +64,7 @@ const LAST_BYTES: u64 = 4 << 20;
 /// The open database; shared, and closed once by [`Db::close`].
 pub(crate) struct Db {
     folder: PathBuf,
+    host: Arc<dyn Host>,
     open: RwLock<Option<Open>>,
     disk_low: AtomicBool,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
@@ -71,9 +72,9 @@ pub(crate) struct Db {
 }
 
 struct Open {
-    // Dropped in this order: the fsync thread, the database, the folder's lock.
-    flusher: Flusher,
-    rocks: std::sync::Arc<DB>,
+    // Dropped in this order: what waits for an fsync, the database, the folder's lock.
+    flusher: Box<dyn GroupCommit>,
+    rocks: Arc<DB>,
     _lock: FolderLock,
 }
 
@@ -102,32 +103,46 @@ fn io_error(error: rocksdb::Error) -> io::Error {
 
 impl Db {
     /// Makes the database of a new member in a locked data folder.
-    pub(crate) fn create(folder: &Path, lock: FolderLock) -> Result<Self, OpenError> {
-        Self::open_as(folder, lock, true)
+    pub(crate) fn create(
+        folder: &Path,
+        lock: FolderLock,
+        host: Arc<dyn Host>,
+    ) -> Result<Self, OpenError> {
+        Self::open_as(folder, lock, host, true)
     }
 
     /// Opens the database of a member, and reads all of it once, so that damage is found now and not
     /// when the cluster depends on this copy. One that is not whole is refused: RocksDB would make an
     /// empty one where the file that names the others is missing, and a member that forgot its vote
     /// may give it twice.
-    pub(crate) fn open(folder: &Path, lock: FolderLock) -> Result<Self, OpenError> {
-        Self::open_as(folder, lock, false)
+    pub(crate) fn open(
+        folder: &Path,
+        lock: FolderLock,
+        host: Arc<dyn Host>,
+    ) -> Result<Self, OpenError> {
+        Self::open_as(folder, lock, host, false)
     }
 
-    fn open_as(folder: &Path, lock: FolderLock, new: bool) -> Result<Self, OpenError> {
+    fn open_as(
+        folder: &Path,
+        lock: FolderLock,
+        host: Arc<dyn Host>,
+        new: bool,
+    ) -> Result<Self, OpenError> {
         let fail = |error: io::Error| open_error(folder, &error);
         let path = folder.join("db");
         let descriptors = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), cf_options()));
         let rocks = DB::open_cf_descriptors(&db_options(new), &path, descriptors)
             .map_err(|error| fail(io_error(error)))?;
-        let rocks = std::sync::Arc::new(rocks);
+        let rocks = Arc::new(rocks);
         check(&rocks).map_err(fail)?;
-        let lost_tail = begin(&rocks, folder, new)?;
+        let lost_tail = begin(&rocks, folder, host.boot_id(), new)?;
         let synced = rocks.clone();
-        let flusher =
-            Flusher::start(move || synced.flush_wal(true).map_err(io_error)).map_err(fail)?;
+        let sync = Box::new(move || synced.flush_wal(true).map_err(io_error));
+        let flusher = host.group_commit(folder, sync).map_err(fail)?;
         let db = Self {
             folder: folder.to_owned(),
+            host,
             open: RwLock::new(Some(Open { flusher, rocks, _lock: lock })),
             disk_low: AtomicBool::new(false),
             lost_tail,
@@ -201,12 +216,22 @@ impl Db {
     /// Whether there is no room either for the little that staying in touch writes: a vote, how
     /// far the log is committed. Measured now.
     pub(crate) fn disk_exhausted(&self) -> bool {
-        self.disk_low() && free_bytes(&self.folder).is_some_and(|free| free < LAST_BYTES)
+        self.disk_low() && self.free_bytes().is_some_and(|free| free < LAST_BYTES)
+    }
+
+    /// The machine it is on.
+    pub(crate) fn host(&self) -> &dyn Host {
+        self.host.as_ref()
+    }
+
+    /// Free room, bytes; None where the system does not say.
+    pub(crate) fn free_bytes(&self) -> Option<u64> {
+        self.host.free_bytes(&self.folder)
     }
 
     /// Measures the free room against a limit.
     pub(crate) fn measure(&self, min_free_bytes: u64) -> bool {
-        let low = free_bytes(&self.folder).is_some_and(|free| free < min_free_bytes);
+        let low = self.free_bytes().is_some_and(|free| free < min_free_bytes);
         if self.disk_low.swap(low, Ordering::Relaxed) != low {
             if low {
                 tracing::error!(folder = %self.folder.display(), "the disk is nearly full: this node takes no log entries until there is room");
@@ -298,7 +323,7 @@ fn check(rocks: &DB) -> io::Result<()> {
 }
 
 /// Marks the database as in use; answers whether an unsynced tail may have been lost.
-fn begin(rocks: &DB, folder: &Path, new: bool) -> Result<bool, OpenError> {
+fn begin(rocks: &DB, folder: &Path, boot: String, new: bool) -> Result<bool, OpenError> {
     let fail = |error: rocksdb::Error| open_error(folder, &io_error(error));
     match rocks.get(b"format").map_err(fail)? {
         None if new => rocks.put(b"format", FORMAT).map_err(fail)?,
@@ -320,7 +345,6 @@ fn begin(rocks: &DB, folder: &Path, new: bool) -> Result<bool, OpenError> {
             });
         }
     }
-    let boot = boot_id();
     let closed = rocks.get(b"closed").map_err(fail)?.is_some();
     let last_boot = rocks.get(b"boot").map_err(fail)?;
     let same_boot = last_boot.as_ref().is_none_or(|last| last == boot.as_bytes());

@@ -5,19 +5,18 @@ use std::io;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-/// Told once: the write is durable, or why it is not.
-pub(super) type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
+use crate::host::{Done, GroupCommit};
 
 /// The queue and its thread. Dropping it waits for what is queued.
 #[derive(Debug)]
-pub(super) struct Flusher {
+pub(crate) struct Flusher {
     queue: Option<mpsc::Sender<Done>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Flusher {
     /// Starts the thread; `sync` makes all earlier writes durable.
-    pub(super) fn start(sync: impl Fn() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+    pub(crate) fn start(sync: impl Fn() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
         let (queue, waiting) = mpsc::channel::<Done>();
         let thread = std::thread::Builder::new().name("log-fsync".to_owned()).spawn(move || {
             while let Ok(first) = waiting.recv() {
@@ -31,9 +30,10 @@ impl Flusher {
         })?;
         Ok(Self { queue: Some(queue), thread: Some(thread) })
     }
+}
 
-    /// Calls `done` when everything written before is durable.
-    pub(super) fn submit(&self, done: Done) {
+impl GroupCommit for Flusher {
+    fn submit(&self, done: Done) {
         let refused = match &self.queue {
             Some(queue) => queue.send(done).err().map(|unsent| unsent.0),
             None => Some(done),

@@ -15,4 +15,5 @@ mod flush;
 mod folder;
 
 pub(crate) use db::{Cf, Db, View};
+pub(crate) use flush::Flusher;
 pub(crate) use folder::{FolderLock, boot_id, free_bytes};

@@ -2,16 +2,18 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
+
+use crate::host::{Connection, Host};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// An attempt that ends this much after its limit was not waited for.
@@ -20,6 +22,7 @@ const LATE: Duration = Duration::from_millis(500);
 /// A channel that connects at its first use. `expect` is the name that the server's certificate
 /// must carry; `address` says where it is, at each connection anew.
 pub(crate) fn channel(
+    host: Arc<dyn Host>,
     tls: Arc<ClientConfig>,
     address: impl Fn() -> String + Send + Sync + 'static,
     expect: ServerName<'static>,
@@ -31,9 +34,10 @@ pub(crate) fn channel(
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .connect_with_connector_lazy(service_fn(move |_: Uri| {
-            let (tls, address, expect) = (tls.clone(), address(), expect.clone());
+            let (host, tls) = (host.clone(), tls.clone());
+            let (address, expect) = (address(), expect.clone());
             async move {
-                let attempt = || connect(tls.clone(), &address, expect.clone());
+                let attempt = || connect(host.as_ref(), tls.clone(), &address, expect.clone());
                 dial(CONNECT_LIMIT, attempt).await.map(TokioIo::new)
             }
         }))
@@ -58,14 +62,14 @@ where
 
 /// One TLS connection.
 pub(crate) async fn connect(
+    host: &dyn Host,
     tls: Arc<ClientConfig>,
     address: &str,
     expect: ServerName<'static>,
-) -> io::Result<TlsStream<TcpStream>> {
+) -> io::Result<TlsStream<Connection>> {
     let dialled = tokio::time::timeout(CONNECT_LIMIT, async {
-        let tcp = TcpStream::connect(address).await?;
-        tcp.set_nodelay(true)?;
-        TlsConnector::from(tls).connect(expect, tcp).await
+        let connection = host.dial(address).await?;
+        TlsConnector::from(tls).connect(expect, connection).await
     });
     dialled.await.unwrap_or_else(|_| {
         Err(io::Error::new(

@@ -8,19 +8,20 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::Stream;
 use futures::stream::unfold;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
 use super::{ConnectInfo, PeerIdentity};
+use crate::host::{Connection, Listen};
 use crate::identity::subject_of;
 
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -31,7 +32,7 @@ const LOG_EVERY: Duration = Duration::from_secs(60);
 /// An authenticated connection of the api listener (or an anonymous one of the enrolment listener).
 #[derive(Debug)]
 pub struct TlsConnection {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Connection>,
     info: Option<ConnectInfo>,
 }
 
@@ -53,13 +54,13 @@ pub(crate) enum Admit {
 }
 
 /// Connections of a listener, for as long as the stream is polled.
-pub(crate) fn incoming(
-    listener: TcpListener,
+pub(crate) fn incoming<L: Listen>(
+    listener: L,
     tls: Arc<ServerConfig>,
     admit: Admit,
-) -> impl Stream<Item = io::Result<TlsConnection>> + Send + 'static {
+) -> impl Stream<Item = io::Result<TlsConnection>> + Send + 'static + use<L> {
     let state = Listening {
-        listener,
+        listener: Box::new(listener),
         acceptor: TlsAcceptor::from(tls),
         admit,
         handshakes: JoinSet::new(),
@@ -72,7 +73,7 @@ pub(crate) fn incoming(
 }
 
 struct Listening {
-    listener: TcpListener,
+    listener: Box<dyn Listen>,
     acceptor: TlsAcceptor,
     admit: Admit,
     handshakes: JoinSet<(SocketAddr, io::Result<TlsConnection>)>,
@@ -85,7 +86,7 @@ impl Listening {
             tokio::select! {
                 accepted = self.listener.accept(), if self.handshakes.len() < HANDSHAKES_MAX => {
                     match accepted {
-                        Ok((tcp, remote)) => self.begin(tcp, remote),
+                        Ok((connection, remote)) => self.begin(connection, remote),
                         Err(error) => {
                             // Out of file descriptors, most likely: give others time to close.
                             tracing::warn!(%error, "accept failed");
@@ -102,11 +103,13 @@ impl Listening {
         }
     }
 
-    fn begin(&mut self, tcp: TcpStream, remote: SocketAddr) {
+    fn begin(&mut self, connection: Connection, remote: SocketAddr) {
         let (acceptor, admit) = (self.acceptor.clone(), self.admit.clone());
         self.handshakes.spawn(async move {
-            let shaken =
-                tokio::time::timeout(HANDSHAKE_LIMIT, handshake(acceptor, tcp, remote, admit));
+            let shaken = tokio::time::timeout(
+                HANDSHAKE_LIMIT,
+                handshake(acceptor, connection, remote, admit),
+            );
             let result = shaken.await.unwrap_or_else(|_| {
                 Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 10 s"))
             });
@@ -131,12 +134,11 @@ impl Listening {
 
 async fn handshake(
     acceptor: TlsAcceptor,
-    tcp: TcpStream,
+    connection: Connection,
     remote: SocketAddr,
     admit: Admit,
 ) -> io::Result<TlsConnection> {
-    tcp.set_nodelay(true)?;
-    let stream = acceptor.accept(tcp).await?;
+    let stream = acceptor.accept(connection).await?;
     let info = match admit {
         Admit::Anyone => None,
         Admit::Members(cluster_id) => {
