@@ -61,10 +61,13 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
     Ok(Opened::Member(Cluster::new(node::start(config, identity, db).await?)))
 }
 
+/// [`Db::open`] or [`Db::create`].
+type OpenDb = fn(&Path, FolderLock, Arc<dyn Host>) -> Result<Db, OpenError>;
+
 async fn open_db(
     config: &ClusterConfig,
     lock: FolderLock,
-    open: fn(&Path, FolderLock, Arc<dyn Host>) -> Result<Db, OpenError>,
+    open: OpenDb,
 ) -> Result<Arc<Db>, OpenError> {
     let (folder, host) = (config.data_dir.clone(), config.host.clone());
     let opened = blocking(config.host.as_ref(), move || open(&folder, lock, host)).await;

@@ -71,9 +71,9 @@ fn an_independent_search_agrees() {
         assert_eq!(verdict, Verdict::Linearizable, "seed {seed}");
     }
     let wrong = Setup { manner: Manner::StaleAsFresh, faults: vec![Fault::IsolateAny], ..small() };
-    let found = (1..=40).map(|seed| run(seed, &wrong)).find(|run| {
-        anomalies(&run.record).iter().any(|anomaly| anomaly.contains("known before"))
-    });
+    let found = (1..=40)
+        .map(|seed| run(seed, &wrong))
+        .find(|run| anomalies(&run.record).iter().any(|anomaly| anomaly.contains("known before")));
     let found = found.expect("a stale read that shows");
     assert_eq!(search(&found.record.operations, first_revision(&found)), Verdict::Not);
 }
