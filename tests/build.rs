@@ -1,7 +1,9 @@
-//! The consistency suite has its own `getrandom`, so that its simulations can be repeated. Libraries
-//! look that function up by its name at run time, and must find it.
+//! The consistency suite has its own `getrandom` and `clock_gettime`, so that its simulations can be
+//! repeated. Libraries look these functions up by their names at run time, and must find them.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rustc-link-arg-tests=-Wl,--export-dynamic-symbol=getrandom");
+    for function in ["getrandom", "clock_gettime"] {
+        println!("cargo::rustc-link-arg-tests=-Wl,--export-dynamic-symbol={function}");
+    }
 }

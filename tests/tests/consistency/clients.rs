@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::history::{Answer, Call, Operation, State, state_of};
 use super::rng::Rng;
-use super::world::{NODES, Shared, TICK_MS, World, locked, txn_of};
+use super::world::{Shared, TICK_MS, World, locked, txn_of};
 
 const KEYS: usize = 5;
 const PREFIX: &str = "k/";
@@ -85,7 +85,7 @@ impl Client {
 
     fn begin(&mut self, world: &World) {
         self.sequence += 1;
-        let call = self.choose();
+        let call = self.choose(world.nodes.len());
         let operation = Operation {
             client: self.id,
             call,
@@ -103,12 +103,12 @@ impl Client {
         self.doing = Some(Box::new(doing));
     }
 
-    fn choose(&mut self) -> Call {
+    fn choose(&mut self, nodes: usize) -> Call {
         match self.rng.between(0, 99) {
             0..55 => self.choose_txn(),
             55..80 => Call::Get { key: self.key() },
             80..90 => Call::Range { prefix: PREFIX.to_owned() },
-            _ => Call::StaleGet { key: self.key(), node: self.rng.index(NODES) },
+            _ => Call::StaleGet { key: self.key(), node: self.rng.index(nodes) },
         }
     }
 
@@ -139,7 +139,7 @@ impl Client {
     fn send(&mut self, world: &World, doing: &mut Doing) {
         let node = match &doing.operation.call {
             Call::StaleGet { node, .. } => *node,
-            _ => self.rng.index(NODES),
+            _ => self.rng.index(world.nodes.len()),
         };
         doing.operation.attempts += 1;
         let slot = Slot::default();
@@ -278,8 +278,9 @@ async fn get(cluster: &cluster::Cluster, key: &str, consistency: Consistency) ->
 fn refusal(error: &StoreError) -> Answer {
     let text = error.to_string();
     match error {
+        // Its text names the folder, which is another one in each run of a seed.
+        StoreError::DiskFull { .. } => Answer::Refused("the leader's disk is full".to_owned()),
         StoreError::NoQuorum { .. }
-        | StoreError::DiskFull { .. }
         | StoreError::NoSpace { .. }
         | StoreError::TooLarge(_)
         | StoreError::TooOften { .. }

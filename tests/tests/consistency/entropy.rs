@@ -1,19 +1,34 @@
-//! The system's randomness, made repeatable on simulation threads: election timeouts, the order in
-//! which branches of a `select!` are polled, hash maps, TLS keys. All of them begin at `getrandom`.
+//! The system's randomness and clocks, made repeatable on simulation threads. Election timeouts, the
+//! order in which branches of a `select!` are polled, hash maps, TLS keys: all of them begin at
+//! `getrandom`. Members count their deadlines on tokio's clock; what lies under them (HTTP/2's memory
+//! of streams that were reset, certificates' validity) asks `clock_gettime`.
 
-use std::cell::RefCell;
-use std::ffi::{c_uint, c_void};
+use std::cell::{Cell, RefCell};
+use std::ffi::{c_int, c_uint, c_void};
 
 use super::rng::Rng;
 
 thread_local! {
     static SEEDED: RefCell<Option<Rng>> = const { RefCell::new(None) };
+    static NOW_MS: Cell<Option<u64>> = const { Cell::new(None) };
 }
+
+/// When each simulation begins: seconds since 1970, 1 November 2026.
+const EPOCH_S: u64 = 1_793_491_200;
+/// The same on clocks that count from the machine's start, seconds. Earlier than the real ones: a
+/// deadline that is really waited for has passed.
+const UPTIME_S: u64 = 1000;
 
 /// From here on this thread's randomness comes from the seed. To be called on a fresh thread: what
 /// was drawn before stays.
 pub(crate) fn seed_this_thread(seed: u64) {
     SEEDED.with(|seeded| *seeded.borrow_mut() = Some(Rng::new(seed)));
+    set_clock(0);
+}
+
+/// What this thread's clocks show from now on, milliseconds since the simulation began.
+pub(crate) fn set_clock(now_ms: u64) {
+    NOW_MS.with(|now| now.set(Some(now_ms)));
 }
 
 fn seeded_bytes(buffer: &mut [u8]) -> bool {
@@ -52,4 +67,41 @@ pub(crate) unsafe extern "C" fn getrandom(
     // SAFETY: the arguments are the caller's own, passed on unchanged.
     let got = unsafe { libc::syscall(libc::SYS_getrandom, buffer, length, flags) };
     isize::try_from(got).unwrap_or(-1)
+}
+
+/// What a clock shows in the simulation on this thread, if there is one.
+fn simulated(clock: libc::clockid_t) -> Option<libc::timespec> {
+    let now_ms = NOW_MS.try_with(Cell::get).ok()??;
+    let began_s = match clock {
+        libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_COARSE => EPOCH_S,
+        libc::CLOCK_MONOTONIC
+        | libc::CLOCK_MONOTONIC_COARSE
+        | libc::CLOCK_MONOTONIC_RAW
+        | libc::CLOCK_BOOTTIME => UPTIME_S,
+        _ => return None,
+    };
+    Some(libc::timespec {
+        tv_sec: i64::try_from(began_s + now_ms / 1000).ok()?,
+        tv_nsec: i64::try_from(now_ms % 1000 * 1_000_000).ok()?,
+    })
+}
+
+/// Stands in for libc's function in this test's binary alone.
+///
+/// # Safety
+/// As clock_gettime(2): `time` is valid for a write.
+// SAFETY: the symbol has libc's signature and meaning; no other in this binary has its name.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn clock_gettime(
+    clock: libc::clockid_t,
+    time: *mut libc::timespec,
+) -> c_int {
+    if let Some(now) = simulated(clock).filter(|_| !time.is_null()) {
+        // SAFETY: the caller gives room for one, by clock_gettime's contract.
+        unsafe { time.write(now) };
+        return 0;
+    }
+    // SAFETY: the arguments are the caller's own, passed on unchanged.
+    let got = unsafe { libc::syscall(libc::SYS_clock_gettime, clock, time) };
+    c_int::try_from(got).unwrap_or(-1)
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fabric::Link;
 use super::rng::Rng;
-use super::world::{NODES, Outcome, TICK_MS, World};
+use super::world::{Outcome, TICK_MS, World};
 
 /// Kinds of faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -22,10 +22,12 @@ pub(crate) enum Fault {
     LossyNetwork,
     StallDisk,
     FullDisk,
+    /// No fault: somebody has another member lead.
+    HandOver,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::KillLeader,
         Self::KillAny,
         Self::CutPowerOfLeader,
@@ -39,6 +41,7 @@ impl Fault {
         Self::LossyNetwork,
         Self::StallDisk,
         Self::FullDisk,
+        Self::HandOver,
     ];
 }
 
@@ -89,7 +92,7 @@ impl Nemesis {
     pub(crate) fn end(&mut self, world: &mut World) -> Outcome {
         self.repairs.clear();
         Self::repair(world, Repair::Network)?;
-        for index in 0..NODES {
+        for index in 0..world.nodes.len() {
             Self::repair(world, Repair::Disk(index))?;
             Self::repair(world, Repair::Start(index))?;
         }
@@ -114,14 +117,16 @@ impl Nemesis {
 
     fn bring(&mut self, world: &mut World, fault: Fault) {
         let now = world.now;
-        let any = self.rng.index(NODES);
+        let any = self.rng.index(world.nodes.len());
         let leader = world.leader().unwrap_or(any);
         match fault {
             Fault::KillLeader => self.kill(world, leader),
             Fault::KillAny => self.kill(world, any),
             Fault::CutPowerOfLeader => self.cut_power(world, leader),
             Fault::CutPowerOfAny => self.cut_power(world, any),
-            Fault::CutPowerOfAll => (0..NODES).for_each(|index| self.cut_power(world, index)),
+            Fault::CutPowerOfAll => {
+                (0..world.nodes.len()).for_each(|index| self.cut_power(world, index));
+            }
             Fault::IsolateLeader => self.isolate(world, leader, true, true),
             Fault::IsolateAny => self.isolate(world, any, true, true),
             Fault::LeaderHearsNothing => self.isolate(world, leader, true, false),
@@ -144,6 +149,11 @@ impl Nemesis {
                 world.nodes[any].machine.set_free(Some(free));
                 self.later(now, 1000, 4000, Repair::Disk(any));
             }
+            Fault::HandOver => {
+                if let Some(cluster) = world.cluster(leader) {
+                    world.spawn(leader, async move { cluster.hand_over().await });
+                }
+            }
         }
     }
 
@@ -159,7 +169,7 @@ impl Nemesis {
 
     fn isolate(&mut self, world: &World, index: usize, inwards: bool, outwards: bool) {
         let cut = Link { cut: true, ..Link::GOOD };
-        for other in (0..NODES).filter(|other| *other != index) {
+        for other in (0..world.nodes.len()).filter(|other| *other != index) {
             if inwards {
                 world.net.set_link(other, index, cut);
             }
@@ -171,8 +181,8 @@ impl Nemesis {
     }
 
     fn every_link(&mut self, world: &World, link: Link) {
-        for from in 0..NODES {
-            for to in (0..NODES).filter(|to| *to != from) {
+        for from in 0..world.nodes.len() {
+            for to in (0..world.nodes.len()).filter(|to| *to != from) {
                 world.net.set_link(from, to, link);
             }
         }

@@ -15,7 +15,7 @@ use super::faults::{Fault, Nemesis};
 use super::history::{Answer, Call, Change, Operation, Record, change_of, state_of};
 use super::machine::Promise;
 use super::rng::Rng;
-use super::world::{NODES, Outcome, TICK_MS, World, locked, txn_of};
+use super::world::{Outcome, TICK_MS, World, locked, txn_of};
 
 /// Attempts that each last request when all is well is given.
 const PATIENCE: usize = 10;
@@ -25,6 +25,8 @@ const LAST_KEY: &str = "k/end";
 /// What a simulation is made of, beside its seed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Setup {
+    /// Members: three vote, the others take their places.
+    pub(crate) nodes: usize,
     pub(crate) clients: usize,
     /// How long things go wrong, simulated milliseconds.
     pub(crate) faulty_ms: u64,
@@ -37,6 +39,7 @@ impl Setup {
     /// All faults, honest disks and clients.
     pub(crate) fn all() -> Self {
         Self {
+            nodes: 4,
             clients: 5,
             faulty_ms: 12_000,
             faults: Fault::ALL.to_vec(),
@@ -51,6 +54,8 @@ impl Setup {
 pub(crate) struct Run {
     pub(crate) record: Record,
     pub(crate) faults: Vec<Fault>,
+    /// Others vote at the end than at the beginning.
+    pub(crate) voters_changed: bool,
     /// Simulated time, milliseconds.
     pub(crate) took_ms: u64,
 }
@@ -106,8 +111,9 @@ pub(crate) fn serve() {
 
 fn go_through(seed: u64, setup: &Setup, run: &mut Run) -> Outcome {
     let mut rng = Rng::new(seed);
-    let mut world = World::new(&mut rng, setup.promise)?;
+    let mut world = World::new(&mut rng, setup.nodes, setup.promise)?;
     world.form()?;
+    let voters = world.voters(0);
     let mut clients: Vec<Client> =
         (0..setup.clients).map(|id| Client::new(id, rng.fork(), setup.manner)).collect();
     let mut nemesis = Nemesis::new(rng.fork(), setup.faults.clone(), world.now);
@@ -115,6 +121,7 @@ fn go_through(seed: u64, setup: &Setup, run: &mut Run) -> Outcome {
     let worked = work(&mut world, &mut clients, &mut nemesis, calm, run);
     run.faults.clone_from(&nemesis.done);
     let ended = worked.and_then(|()| look_around(&mut world, &mut run.record));
+    run.voters_changed = world.voters(0) != voters;
     run.took_ms = world.now * TICK_MS;
     run.record.watched = world.nodes.iter().map(|node| locked(&node.watched).clone()).collect();
     run.record.trouble.append(&mut locked(&world.trouble));
@@ -151,9 +158,10 @@ fn work(
 
 /// What every member holds once all is well again, and the whole history.
 fn look_around(world: &mut World, record: &mut Record) -> Outcome {
-    world.until("all members run again", |world| (0..NODES).all(|n| world.cluster(n).is_some()))?;
+    let nodes = world.nodes.len();
+    world.until("all members run again", |world| (0..nodes).all(|n| world.cluster(n).is_some()))?;
     let revision = last_write(world, record)?;
-    for node in 0..NODES {
+    for node in 0..nodes {
         let range = until_done(world, node, |cluster| async move {
             cluster.range("", "", 0, Consistency::Linearizable).await
         })?;
@@ -161,7 +169,7 @@ fn look_around(world: &mut World, record: &mut Record) -> Outcome {
     }
     world.until("all watches have seen everything", |world| {
         let seen = |node: usize| locked(&world.nodes[node].watched).last().map_or(0, |(r, _)| *r);
-        (0..NODES).all(|node| seen(node) >= revision)
+        (0..nodes).all(|node| seen(node) >= revision)
     })?;
     record.log = world.ask(1, move |cluster| history(cluster, revision))??;
     Ok(())

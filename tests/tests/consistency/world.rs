@@ -1,4 +1,4 @@
-//! Three members, each on a runtime of its own with a clock that stands still until it is told to
+//! The members, each on a runtime of its own with a clock that stands still until it is told to
 //! go on. All of them run in turns on one thread, a tick at a time: what happens depends on the seed
 //! alone.
 
@@ -12,6 +12,7 @@ use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use tonic::transport::Server;
 
+use super::entropy;
 use super::fabric::{Listener, Net};
 use super::history::{Change, Order, change_of};
 use super::machine::{Machine, Promise};
@@ -19,7 +20,8 @@ use super::rng::Rng;
 
 /// A tick, milliseconds.
 pub(crate) const TICK_MS: u64 = 5;
-pub(crate) const NODES: usize = 3;
+/// As many members vote; the others are learners.
+const VOTERS: usize = 3;
 /// A member that has not started after this many ticks never will.
 const START_LIMIT: u64 = 60_000 / TICK_MS;
 
@@ -70,6 +72,8 @@ fn config(index: usize, folder: PathBuf, machine: &Machine) -> ClusterConfig {
     let mut config = ClusterConfig::new(folder, address(7400), address(7401));
     config.timings = RaftTimings { heartbeat_ms: 100, election_min_ms: 500, election_max_ms: 1000 };
     config.request_timeout = Duration::from_secs(2);
+    // Short enough for a voter that is cut off to lose its vote, and to come back without it.
+    config.voter_patience = Duration::from_secs(2);
     // Small enough for members to catch up by snapshot within a simulation.
     config.snapshot_every = 150;
     config.snapshot_keep = 20;
@@ -84,10 +88,10 @@ fn folder() -> Outcome<tempfile::TempDir> {
 }
 
 impl World {
-    pub(crate) fn new(rng: &mut Rng, promise: Promise) -> Outcome<Self> {
-        let net = Net::new(NODES, rng.fork());
+    pub(crate) fn new(rng: &mut Rng, nodes: usize, promise: Promise) -> Outcome<Self> {
+        let net = Net::new(nodes, rng.fork());
         let folder = folder()?;
-        let nodes = (0..NODES).map(|index| {
+        let nodes = (0..nodes).map(|index| {
             let machine = Machine::new(index, promise, net.clone(), rng.fork());
             let folder = folder.path().join(format!("n{index}"));
             let config = config(index, folder.clone(), &machine);
@@ -110,21 +114,25 @@ impl World {
     pub(crate) fn form(&mut self) -> Outcome {
         self.start(0, Birth::Init)?;
         self.wait_started(0)?;
-        for index in 1..NODES {
+        for index in 1..self.nodes.len() {
             let token = self.ask(0, |cluster| async move { cluster.create_token(0).await })?;
             let token = token.map_err(|error| error.to_string())?.token;
             self.start(index, Birth::Join(token))?;
             self.wait_started(index)?;
         }
-        self.until("all are voters", |world| {
-            let members = world.cluster(0).map(|cluster| cluster.members()).unwrap_or_default();
-            members.iter().filter(|member| member.voter).count() == NODES
-        })
+        self.until("enough of them vote", |world| world.voters(0).len() == VOTERS)
+    }
+
+    /// Who votes, as one member knows.
+    pub(crate) fn voters(&self, index: usize) -> Vec<proto::NodeId> {
+        let members = self.cluster(index).map(|cluster| cluster.members()).unwrap_or_default();
+        members.iter().filter(|member| member.voter).map(|member| member.node_id).collect()
     }
 
     /// One tick of the network and of every running member.
     pub(crate) fn tick(&mut self) {
         self.now += 1;
+        entropy::set_clock(self.now * TICK_MS);
         self.net.tick(self.now);
         for node in &self.nodes {
             let Some(running) = &node.running else { continue };
@@ -187,7 +195,7 @@ impl World {
 
     /// The leader, by what those that are up say of themselves.
     pub(crate) fn leader(&self) -> Option<usize> {
-        (0..NODES).find(|index| {
+        (0..self.nodes.len()).find(|index| {
             self.cluster(*index).is_some_and(|cluster| cluster.leadership().borrow().is_leader)
         })
     }
