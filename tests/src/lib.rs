@@ -3,4 +3,5 @@
 
 pub mod guest;
 pub mod lab;
+pub mod ports;
 pub mod skip;

@@ -252,7 +252,7 @@ fn one_agent_per_data_folder_and_no_damaged_database() -> Outcome {
     std::fs::create_dir(&database)?;
     let empty = runtime.block_on(open(config.clone()));
     assert!(matches!(empty, Err(OpenError::Unusable { .. })), "{empty:?}");
-    std::fs::remove_dir(&database)?;
+    std::fs::remove_dir_all(&database)?;
     let missing = runtime.block_on(open(config));
     assert!(matches!(missing, Err(OpenError::Unusable { .. })), "{missing:?}");
     Ok(())

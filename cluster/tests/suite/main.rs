@@ -1,6 +1,9 @@
 //! All tests of whole members, in one program: each program more is a minute of building.
 
 mod common;
+#[allow(unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../../tests/src/ports.rs"]
+mod ports;
 #[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
 #[path = "../../../tests/src/skip.rs"]
 mod skip;

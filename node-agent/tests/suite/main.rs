@@ -2,6 +2,9 @@
 //! building.
 
 mod common;
+#[allow(unreachable_pub, reason = "it is the interface of another crate")]
+#[path = "../../../tests/src/ports.rs"]
+mod ports;
 mod rig;
 #[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
 #[path = "../../../tests/src/skip.rs"]

@@ -13,6 +13,8 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tonic::transport::Server;
 
+use crate::ports::free_port;
+
 pub(crate) type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// How long a test waits for a condition before it fails.
@@ -34,10 +36,6 @@ pub(crate) struct Lab {
 
 fn runtime() -> Outcome<Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
-}
-
-fn free_port() -> Outcome<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// Mounts a member's services where its config says.
@@ -69,9 +67,8 @@ async fn bind(address: &str) -> Outcome<TcpListener> {
 }
 
 pub(crate) fn test_config(folder: &Path) -> Outcome<ClusterConfig> {
-    let address =
-        || Ok::<_, Box<dyn std::error::Error + Send + Sync>>(format!("127.0.0.1:{}", free_port()?));
-    let mut config = ClusterConfig::new(folder.to_owned(), address()?, address()?);
+    let address = || format!("127.0.0.1:{}", free_port());
+    let mut config = ClusterConfig::new(folder.to_owned(), address(), address());
     config.timings = RaftTimings { heartbeat_ms: 150, election_min_ms: 600, election_max_ms: 1200 };
     Ok(config)
 }
@@ -172,8 +169,8 @@ impl TestNode {
 
     /// Another place to be reached at, from its next start on.
     pub(crate) fn move_away(&mut self) -> Outcome {
-        self.config.api_address = format!("127.0.0.1:{}", free_port()?);
-        self.config.enrol_address = format!("127.0.0.1:{}", free_port()?);
+        self.config.api_address = format!("127.0.0.1:{}", free_port());
+        self.config.enrol_address = format!("127.0.0.1:{}", free_port());
         Ok(())
     }
 

@@ -55,7 +55,7 @@ fn the_shells_programs_work() -> Outcome {
     run(&top, "sed -i 's/cpus = 2/cpus = 4/' vms/web.toml && grep -q 'cpus = 4' vms/web.toml")?;
     assert_eq!(stored(&tree, "vms/web.toml")?.as_deref(), Some("name = \"web\"\ncpus = 4\n"));
     let refused = run(&top, "sed -i 's/cpus = 4/BAD/' vms/web.toml").err().ok_or("accepted")?;
-    assert!(refused.to_string().contains("Invalid argument"), "{refused}");
+    assert!(refused.to_string().contains("Bad message"), "{refused}");
     run(&top, "grep -q 'line 2' vms/web.toml.error")?;
     run(&top, "cat vms/web.toml > tmp && mv tmp vms/web.toml && test ! -e vms/web.toml.error")?;
     run(

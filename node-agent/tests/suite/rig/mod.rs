@@ -22,16 +22,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::ports::free_port;
+
 pub struct Rig {
     pub config: Config,
     pub agent: Arc<Agent>,
     pub socket: PathBuf,
     pub channel: Channel,
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 pub fn config(dir: &Path) -> Config {

@@ -144,7 +144,7 @@ async fn a_change_on_one_node_is_seen_on_the_others_mount_and_by_the_commands() 
         assert_eq!(to.rig.vm("web").await.cpus, cpus);
     }
     let said = second.shell("sed -i 's/^cpus = .*/cpus = 0/' vms/web.toml").await.unwrap_err();
-    assert!(said.contains("Invalid argument"), "{said}");
+    assert!(said.contains("Bad message"), "{said}");
     let reason = second.shell("cat vms/web.toml.error").await.unwrap();
     assert!(reason.contains("line 2") && reason.contains("cpus"), "{reason}");
     let (author, _) = first.last_change("vms/web.toml").await;
