@@ -34,6 +34,7 @@ mod storage;
 pub mod tls;
 pub mod tree;
 mod types;
+mod verify;
 mod voters;
 
 pub use cluster::Cluster;

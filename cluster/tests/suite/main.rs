@@ -11,4 +11,5 @@ mod joining;
 mod membership;
 mod replication;
 mod tree;
+mod verify;
 mod watches;
