@@ -5,6 +5,7 @@ mod common;
 #[path = "../../../tests/src/skip.rs"]
 mod skip;
 
+mod backup;
 mod durability;
 mod history;
 mod joining;
