@@ -8,6 +8,7 @@ mod rig;
 mod skip;
 
 mod agent;
+mod disaster;
 mod membership;
 mod migration;
 mod network;
