@@ -199,6 +199,19 @@ impl TestNode {
 impl Drop for TestNode {
     fn drop(&mut self) {
         self.kill();
+        self.wait_closed();
+    }
+}
+
+impl TestNode {
+    /// Waits until the database is closed, which lets go of the folder's lock. Threads of one that
+    /// is still open as the process ends use what RocksDB takes apart at its exit, and abort it.
+    fn wait_closed(&self) {
+        let Ok(lock) = std::fs::File::open(self.config.data_dir.join("lock")) else { return };
+        let until = Instant::now() + Duration::from_secs(5);
+        while lock.try_lock().is_err() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 
