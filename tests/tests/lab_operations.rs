@@ -207,13 +207,14 @@ fn the_mounted_tree(stage: &mut Operations) -> anyhow::Result<()> {
     lab.run(1, &["sh", "-c", &format!("cat >{file}")], document.as_bytes(), SHORT)?.ok()?;
     lab.sh(1, &format!("sed -i 's/^cpus = .*/cpus = 2/' {file}"))?;
     seen(2, "cpus = 2")?;
-    let shown = lab.ctl(3, &["config", "show", "vms/paper"])?;
+    let shown = lab.ctl(3, &["config", "get", "vms/paper"])?;
     ensure!(shown.contains("cpus = 2"), "clusterctl does not show it: {shown}");
     lab.sh(2, &format!("text=$(sed 's/^cpus = .*/cpus = 3/' {file}); echo \"$text\" >{file}"))?;
     seen(1, "cpus = 3")?;
     let id = lab.vm(1, "paper")?.id;
 
-    let save = format!("sed 's/^cpus = .*/cpus = 99/' {file} | dd of={file} conv=fsync");
+    lab.sh(2, &format!("sed 's/^cpus = .*/cpus = 99/' {file} >/tmp/bad.toml"))?;
+    let save = format!("dd if=/tmp/bad.toml of={file} conv=fsync");
     let refused = lab.run(2, &["sh", "-c", &save], b"", SHORT)?;
     ensure!(refused.code != 0, "a broken document was saved: {refused:?}");
     ensure!(refused.stderr.contains("Invalid argument"), "{refused:?}");

@@ -162,13 +162,27 @@ impl Node {
 
     /// Whether the leader, another node, cannot be reached. One that is only slow can.
     pub(crate) async fn leader_unreachable(&self, limit: Duration) -> bool {
-        let leader = self.metrics().current_leader.filter(|id| *id != self.id().0);
-        let Some(leader) = leader else { return false };
-        let asked = self.ask_member(leader, &Forward::Hello, limit * 10);
-        match tokio::time::timeout(limit, asked).await {
-            Ok(answer) => !matches!(answer, Forwarded::Done),
-            Err(_) => false,
+        self.leader_answers(limit).await == Some(false)
+    }
+
+    /// Whether the leader, another node, does not answer within a limit, and nobody else has come to
+    /// lead meanwhile. With pre-vote a voter that finds no majority remembers its last leader for
+    /// ever, and one that lost its power refuses no connection: it is silent.
+    pub(crate) async fn leader_silent(&self, limit: Duration) -> bool {
+        let leader = self.metrics().current_leader;
+        match self.leader_answers(limit).await {
+            Some(answers) => !answers,
+            None => self.metrics().current_leader == leader,
         }
+    }
+
+    /// Asks the leader, another node, for a sign of life. `None`: nothing was heard so long.
+    async fn leader_answers(&self, limit: Duration) -> Option<bool> {
+        let leader = self.metrics().current_leader.filter(|id| *id != self.id().0);
+        let Some(leader) = leader else { return Some(true) };
+        let asked = self.ask_member(leader, &Forward::Hello, limit * 10);
+        let answer = tokio::time::timeout(limit, asked).await.ok()?;
+        Some(matches!(answer, Forwarded::Done))
     }
 
     /// Some other member, another one each turn.

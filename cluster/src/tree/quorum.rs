@@ -1,8 +1,10 @@
 //! What is known of the quorum, so that a write without one is refused at once.
 //!
-//! Lost: a voter has no leader or cannot reach it, or as the leader has not heard of a majority for
-//! [`SILENCE`]; a learner, which no leader owes anything, asks when a write is not answered. A store that is only
-//! slow is none that was lost. Found again: by an answer of the quorum.
+//! Lost: a voter has no leader or cannot reach it (at once where a connection is refused, after
+//! [`SILENT_LEADER`] where the leader lost its power and says nothing at all), or as the leader has
+//! not heard of a majority for [`SILENCE`]; a learner, which no leader owes anything, asks when a
+//! write is not answered. A store that is only slow is none that was lost. Found again: by an answer
+//! of the quorum.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +20,8 @@ const PATIENCE: Duration = Duration::from_millis(900);
 const EVERY: Duration = Duration::from_millis(100);
 /// How long the quorum may take to answer a question.
 const ANSWER: Duration = Duration::from_millis(1000);
+/// A leader that says nothing for so long, asked after [`PATIENCE`], is gone.
+const SILENT_LEADER: Duration = Duration::from_millis(1500);
 
 /// Whether there is one.
 #[derive(Debug, Clone, Default)]
@@ -40,13 +44,17 @@ impl Quorum {
     /// Resolves if a write that began now has to be given up for want of a quorum.
     pub(super) async fn lost_for(&self, source: &Source) {
         let begin = Instant::now();
-        let mut cut_off = None;
+        let (mut cut_off, mut asked_again) = (None, false);
         loop {
             tokio::time::sleep(EVERY).await;
             let node = source.node();
             let silent = if node.is_voter() {
                 if begin.elapsed() >= PATIENCE / 2 && cut_off.is_none() {
                     cut_off = Some(node.leader_unreachable(PATIENCE / 3).await);
+                }
+                if begin.elapsed() >= PATIENCE && cut_off == Some(false) && !asked_again {
+                    asked_again = true;
+                    cut_off = Some(node.leader_silent(SILENT_LEADER).await);
                 }
                 let silent = cut_off == Some(true) || node.out_of_touch(SILENCE);
                 begin.elapsed() >= PATIENCE && silent
