@@ -15,7 +15,7 @@ const BOOT: Duration = Duration::from_secs(120);
 
 #[test]
 fn ha_vms_come_back_elsewhere_and_never_twice() -> anyhow::Result<()> {
-    let lab = Lab::cluster(&Options::temporary(3))?;
+    let lab = Lab::cluster(&Options::patient(3))?;
     let web = Guest::new("web", 100);
     lab.create_guest(1, &web, None)?;
     let status = lab.await_guest(1, &web, BOOT)?;

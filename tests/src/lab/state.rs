@@ -40,6 +40,8 @@ pub struct State {
     pub cpus: u32,
     /// Whether the nodes start an agent.
     pub agent: bool,
+    /// The node lease, milliseconds.
+    pub lease_ms: u64,
     /// The switch; `None` with [`Backend::Process`].
     pub switch: Option<ProcessId>,
     /// The nodes, by number from 1.

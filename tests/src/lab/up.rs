@@ -28,6 +28,7 @@ impl Lab {
                 memory_mib: options.memory_mib,
                 cpus: options.cpus,
                 agent: options.agent,
+                lease_ms: options.lease_ms,
                 switch: None,
                 nodes: Vec::new(),
             },
@@ -58,6 +59,7 @@ impl Lab {
                 memory_mib: 0,
                 cpus: 0,
                 agent: true,
+                lease_ms: super::LEASE_MS,
                 switch: None,
                 nodes: Vec::new(),
             },
@@ -145,7 +147,10 @@ impl Lab {
             let own = programs.join(format!("nodes/{number}"));
             std::fs::create_dir_all(&own)?;
             std::fs::write(own.join("lab-token"), &self.state.token)?;
-            std::fs::write(own.join("node-agent.toml"), agent_config(number, &address))?;
+            std::fs::write(
+                own.join("node-agent.toml"),
+                agent_config(number, &address, self.state.lease_ms),
+            )?;
         }
         std::fs::write(programs.join("hosts"), hosts)?;
         Ok(())
@@ -188,9 +193,10 @@ fn free_ports(count: u32) -> anyhow::Result<Vec<SocketAddr>> {
 }
 
 /// The agent's configuration in a node.
-fn agent_config(number: u32, address: &str) -> String {
+fn agent_config(number: u32, address: &str, lease_ms: u64) -> String {
     format!(
         "node_name = \"node{number}\"\nadvertise = \"{address}:7400\"\n\
-         enrol_advertise = \"{address}:7401\"\nmigration_address = \"{address}\"\n"
+         enrol_advertise = \"{address}:7401\"\nmigration_address = \"{address}\"\n\
+         [timing]\nlease_ms = {lease_ms}\n"
     )
 }

@@ -17,7 +17,7 @@ const BOOT: Duration = Duration::from_secs(120);
 
 #[test]
 fn a_guest_moves_ten_times_and_strangers_get_nothing() -> anyhow::Result<()> {
-    let lab = Lab::cluster(&Options::temporary(3))?;
+    let lab = Lab::cluster(&Options::patient(3))?;
     // Much to send, for the moves that count; the others look at what goes wrong, with less.
     let big = Guest { memory_mib: 192, checked_mib: 64, ..Guest::new("big", 101) };
     let mut stage = stage(lab, big)?;
@@ -30,7 +30,7 @@ fn a_guest_moves_ten_times_and_strangers_get_nothing() -> anyhow::Result<()> {
 
 #[test]
 fn a_guest_moves_whatever_breaks_on_the_way() -> anyhow::Result<()> {
-    play_and_end(Lab::cluster(&Options::temporary(3))?, faults::SCENARIOS)
+    play_and_end(Lab::cluster(&Options::patient(3))?, faults::SCENARIOS)
 }
 
 /// Plays with one guest, whose disk is in order in the end.

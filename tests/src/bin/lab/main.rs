@@ -143,6 +143,7 @@ fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
                 cpus,
                 memory_mib: memory,
                 agent: !bare,
+                lease_ms: tests::lab::LEASE_MS,
                 lifetime: Lifetime::Detached,
             };
             end_at_signal(folder)?;
