@@ -17,6 +17,7 @@ use std::time::Duration;
 const DEVICES: [&str; 2] = ["/dev/watchdog0", "/dev/watchdog"];
 const WDIOF_SETTIMEOUT: u32 = 0x0080;
 const WDIOF_MAGICCLOSE: u32 = 0x0100;
+const WDIOF_CARDRESET: libc::c_int = 0x0020;
 const WDIOS_DISABLECARD: libc::c_int = 0x0001;
 
 /// `struct watchdog_info`.
@@ -29,6 +30,7 @@ struct Info {
 }
 
 nix::ioctl_read!(get_support, b'W', 0, Info);
+nix::ioctl_read!(get_boot_status, b'W', 2, libc::c_int);
 nix::ioctl_read!(set_options, b'W', 4, libc::c_int);
 nix::ioctl_read!(keep_alive, b'W', 5, libc::c_int);
 nix::ioctl_readwrite!(set_timeout, b'W', 6, libc::c_int);
@@ -129,6 +131,15 @@ impl Watchdog {
     pub fn identity(&self) -> String {
         let text = self.info.identity.split(|byte| *byte == 0).next().unwrap_or_default();
         String::from_utf8_lossy(text).into_owned()
+    }
+
+    /// Whether it was this watchdog that reset the machine last, where the driver knows that.
+    #[must_use]
+    pub fn has_reset_this_machine(&self) -> bool {
+        let mut status = 0;
+        // SAFETY: the descriptor is open; WDIOC_GETBOOTSTATUS writes one int.
+        unsafe { get_boot_status(self.file.as_raw_fd(), &raw mut status) }.is_ok()
+            && status & WDIOF_CARDRESET != 0
     }
 
     /// After how long without a pet it resets the machine.

@@ -103,6 +103,12 @@ impl Source for Configured {
                     watchdog.identity(),
                     watchdog.timeout().as_secs()
                 );
+                if watchdog.has_reset_this_machine() {
+                    tracing::warn!(
+                        "this machine's last start was a reset by its watchdog: for that long \
+                         no sign of life had come"
+                    );
+                }
                 Some(watchdog)
             }
             Err(error) => {

@@ -106,6 +106,7 @@ impl Keeper {
         let stop = CancellationToken::new();
         let ended = stop.clone();
         let thread = std::thread::Builder::new().name("lease".to_owned()).spawn(move || {
+            super::urgent::make_urgent();
             runtime.block_on(keep(before, memory, commanded, ended));
         })?;
         Ok(Self { commands, identity, stop, thread: Mutex::new(Some(thread)) })

@@ -9,8 +9,8 @@
 //!              └─ watchdog: petted while the lease is young, or no HA VM process exists
 //! ```
 //!
-//! Owns: the watchdog, and the heartbeat loop, on a thread and a runtime of its own so that load on the agent does
-//! not starve it. Time is `CLOCK_BOOTTIME`. Never: decides who is dead (the leader's detector does).
+//! Owns: the watchdog, and the heartbeat loop, on a real-time thread and a runtime of its own so that load on the
+//! agent and on the machine does not starve it. Time is `CLOCK_BOOTTIME`. Never: decides who is dead (the leader's detector does).
 //!
 //! Invariant: a deadline given to a VM process comes from [`ha_manager::NodeLease`] alone.
 
@@ -19,6 +19,7 @@ mod heartbeat;
 mod keeper;
 mod memory;
 mod state;
+mod urgent;
 
 pub use keeper::Keeper;
 pub use state::{Lease, boottime_ms};
