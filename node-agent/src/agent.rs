@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError, Uninitialized};
+use futures::future::BoxFuture;
 use ha_manager::Timing;
 use proto::Name;
 use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
@@ -79,11 +80,18 @@ struct Listeners {
     enrol: TcpListener,
 }
 
-/// Runs the agent until SIGTERM or SIGINT, which leave the VMs running.
+/// Runs the agent, on a runtime of its own, until SIGTERM or SIGINT, which leave the VMs running.
 ///
 /// # Errors
 /// What keeps it from starting, or going on.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(run_until_told(config));
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    ended
+}
+
+async fn run_until_told(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let (agent, mut failures) = Agent::start(config, stop.clone()).await?;
     telemetry::notify_ready();
@@ -115,15 +123,20 @@ async fn terminated() -> &'static str {
     }
 }
 
+/// A started agent, and where it says why it cannot go on.
+pub type Started = anyhow::Result<(Arc<Agent>, mpsc::UnboundedReceiver<Ended>)>;
+
 impl Agent {
-    /// Starts the agent: the local socket, and everything else where it is a member.
+    /// Starts the agent: the local socket, and everything else where it is a member. Boxed here, so
+    /// that the whole agent is not compiled once more in every program that starts one.
     ///
     /// # Errors
     /// The data folder, the socket, a port.
-    pub async fn start(
-        config: Config,
-        stop: CancellationToken,
-    ) -> anyhow::Result<(Arc<Self>, mpsc::UnboundedReceiver<Ended>)> {
+    pub fn start(config: Config, stop: CancellationToken) -> BoxFuture<'static, Started> {
+        Box::pin(Self::start_up(config, stop))
+    }
+
+    async fn start_up(config: Config, stop: CancellationToken) -> Started {
         let config = Arc::new(config);
         let run_folder = std::sync::Mutex::new(Some(lock_run_folder(&config.run_dir)?));
         let timing = Timing::new(config.timing.lease_ms)?;

@@ -41,10 +41,7 @@ fn agent(flags: &Flags) -> ExitCode {
         node_agent::telemetry::install(&config.log);
         // Fails only if a provider was installed before, which is as good.
         drop(rustls::crypto::ring::default_provider().install_default());
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let ended = runtime.block_on(node_agent::agent::run(config));
-        runtime.shutdown_timeout(std::time::Duration::from_secs(2));
-        ended
+        node_agent::agent::run(config)
     });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
