@@ -16,7 +16,7 @@ const SHORT: Duration = Duration::from_secs(20);
 
 #[test]
 fn an_operator_makes_mistakes_and_nothing_breaks() -> anyhow::Result<()> {
-    let lab = Lab::up(&Options::temporary(3), &mut |text| println!("{text}"))?;
+    let lab = Lab::up(&Options::patient(3), &mut |text| println!("{text}"))?;
     for number in lab.numbers() {
         lab.wait_agent(number)?;
     }

@@ -92,6 +92,8 @@ pub fn power_on(
         ])
         .args(["-qmp", "unix:qmp.sock,server=on,wait=off"])
         .args(["-device", "i6300esb", "-action", "watchdog=reset"])
+        // Whether it was the watchdog or the CPU itself (a triple fault), should the node restart.
+        .args(["-d", "cpu_reset", "-D", "resets.log"])
         .args(["-device", "virtio-rng-pci"])
         .args([
             "-device",

@@ -14,7 +14,7 @@ const BOOT: Duration = Duration::from_secs(240);
 
 #[test]
 fn guests_of_several_shapes_run_on_one_node() -> anyhow::Result<()> {
-    let lab = Lab::cluster(&Options::temporary(1))?;
+    let lab = Lab::cluster(&Options::patient(1))?;
     let mut stage = OneNode { lab };
     play(
         &mut stage,
