@@ -15,7 +15,7 @@ pub fn repository() -> &'static Path {
 /// A folder with a kernel and an initramfs.
 #[derive(Debug, Clone)]
 pub struct BootFiles {
-    /// The bzImage.
+    /// A bzImage, or an ELF image with a PVH entry point.
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
@@ -28,7 +28,7 @@ pub struct BootFiles {
 pub fn node_image() -> anyhow::Result<BootFiles> {
     let folder = super::state::cache().join("images/node");
     run_script("deploy/node/build", &[folder.as_os_str()])?;
-    Ok(BootFiles { kernel: folder.join("vmlinuz"), initrd: folder.join("node.cpio") })
+    Ok(BootFiles { kernel: folder.join("kernel"), initrd: folder.join("node.cpio") })
 }
 
 /// The test guest's boot files; made if they are missing or old.
