@@ -5,3 +5,4 @@ pub mod guest;
 pub mod lab;
 pub mod ports;
 pub mod skip;
+pub mod violation;

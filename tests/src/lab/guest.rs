@@ -1,5 +1,6 @@
 //! The lab's guests: made, waited for, stopped, and the records on their disks checked.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -10,6 +11,7 @@ use super::{Lab, wait_until};
 use crate::guest::PORT;
 use crate::guest::client::Status;
 use crate::guest::records::{self, Record};
+use crate::violation;
 
 /// A guest of the lab: a stock kernel with the probe.
 #[derive(Debug, Clone)]
@@ -175,9 +177,15 @@ impl Lab {
     /// # Errors
     /// If a record is lost, doubled, or was written by two guests at once.
     pub fn records(&self, guest: &Guest) -> anyhow::Result<Vec<Record>> {
-        let disk = self.shared().join(POOL).join(format!("{}.raw", guest.name));
+        let disk = self.disk_of(guest);
         let sectors =
             records::read(&disk).with_context(|| format!("reading {}", disk.display()))?;
-        Ok(records::check(&sectors)?)
+        Ok(records::check(&sectors).inspect_err(|disorder| {
+            violation::report(&format!("the disk of {}: {disorder}", guest.name));
+        })?)
+    }
+
+    pub(super) fn disk_of(&self, guest: &Guest) -> PathBuf {
+        self.shared().join(POOL).join(format!("{}.raw", guest.name))
     }
 }

@@ -1,11 +1,10 @@
 //! Live migrations in the lab: asked for, watched, and met at a chosen moment.
 
 use std::io::{Read, Seek, SeekFrom};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use proto::v1::{ListTasksResponse, TaskProgress};
+use proto::v1::{ListTasksResponse, Task, TaskProgress};
 
 use super::cluster::{LIMIT, SETTLE};
 use super::{Lab, wait_until};
@@ -50,10 +49,6 @@ impl Lab {
         Ok(std::fs::metadata(self.agent_log(number))?.len())
     }
 
-    fn agent_log(&self, number: u32) -> PathBuf {
-        self.folder().join(format!("{number}/agent.log"))
-    }
-
     /// Waits until a node's agent has logged a text since its log had a length. The log reaches
     /// this machine as it is written, so this is precise to milliseconds.
     ///
@@ -79,10 +74,17 @@ impl Lab {
     /// # Errors
     /// If the node cannot say.
     pub fn migration_progress(&self, asked: u32, vm: &str) -> anyhow::Result<Option<TaskProgress>> {
+        Ok(self.migration_task(asked, vm)?.and_then(|task| task.progress))
+    }
+
+    /// The task of a VM's live migration that runs.
+    ///
+    /// # Errors
+    /// If the node cannot say.
+    pub fn migration_task(&self, asked: u32, vm: &str) -> anyhow::Result<Option<Task>> {
         let tasks = self.ctl_json::<ListTasksResponse>(asked, &["task", "list"])?.tasks;
-        let running = tasks.into_iter().find(|task| {
+        Ok(tasks.into_iter().find(|task| {
             task.subject == vm && task.kind.contains("migrate") && task.state == "running"
-        });
-        Ok(running.and_then(|task| task.progress))
+        }))
     }
 }

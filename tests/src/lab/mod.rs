@@ -16,6 +16,7 @@ mod commands;
 pub mod exec;
 mod faults;
 pub mod guest;
+pub mod handover;
 pub mod host;
 pub mod knock;
 pub mod loopback;
