@@ -183,6 +183,8 @@ fn refused_document(lab: &Lab, document: &str, words: &[&str]) -> anyhow::Result
 fn bad_documents(stage: &mut Operations) -> anyhow::Result<()> {
     let Operations { lab, web } = stage;
     let good = Guest::new("other", 101).document();
+    let state = || anyhow::Ok((lab.ctl(1, &["config", "ls"])?, lab.sh(1, "ls /shared/pool")?));
+    let before = state()?;
     refused_document(lab, &good.replace("cpus =", "cpuss ="), &["cpuss", "line 2"])?;
     refused_document(lab, &good.replace("cpus = 1", "cpus = 0"), &["line 2", "`cpus`", "1 to 8"])?;
     refused_document(lab, &good.replace("\"128MiB\"", "\"64GiB\""), &["memory"])?;
@@ -190,7 +192,9 @@ fn bad_documents(stage: &mut Operations) -> anyhow::Result<()> {
     refused_document(lab, &good.replace("shared/other.raw", "shared/web.raw"), &["web"])?;
     refused_document(lab, &web.document(), &["web"])?;
     refused_document(lab, &good.replace("\"lan\"", "\"nowhere\""), &["nowhere"])?;
-    refused(lab, 1, &["vm", "show", "other"], &["other"])
+    refused(lab, 1, &["vm", "show", "other"], &["other"])?;
+    ensure!(state()? == before, "something was left: {before:?}, {:?}", state()?);
+    Ok(())
 }
 
 /// Edited on one node, seen on the others at once; refused with the reason beside the file. The VM
@@ -313,6 +317,7 @@ fn a_second_agent(stage: &mut Operations) -> anyhow::Result<()> {
     let second = ["timeout", "20", "node-agent", "--config", "/etc/holdfast/node-agent.toml"];
     let output = lab.run(1, &second, b"", BOOT)?;
     ensure!(output.code != 0 && output.code != 143, "a second agent ran: {output:?}");
+    ensure!(output.stderr.contains("another node-agent"), "it does not say why: {output:?}");
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use tests::guest::client::Status;
 use tests::lab::guest::Guest;
 use tests::lab::scenario::{Scenario, Stage, play};
-use tests::lab::{Lab, Options};
+use tests::lab::{Lab, Options, wait_until};
 
 const BOOT: Duration = Duration::from_secs(120);
 
@@ -21,7 +21,13 @@ fn a_guest_moves_ten_times_and_strangers_get_nothing() -> anyhow::Result<()> {
     // Much to send, for the moves that count; the others look at what goes wrong, with less.
     let big = Guest { memory_mib: 192, checked_mib: 64, ..Guest::new("big", 101) };
     let mut stage = stage(lab, big)?;
-    play(&mut stage, &[("ten moves there and back lose nothing", ten_moves)])?;
+    play(
+        &mut stage,
+        &[
+            ("a move that is cancelled leaves the guest where it is", a_cancelled_move),
+            ("ten moves there and back lose nothing", ten_moves),
+        ],
+    )?;
     let Moves { lab, web: big, .. } = stage;
     lab.stop_and_check(1, &big)?;
     lab.ctl(1, &["vm", "delete", &big.name])?;
@@ -98,6 +104,28 @@ impl Moves {
     }
 }
 
+fn a_cancelled_move(stage: &mut Moves) -> anyhow::Result<()> {
+    let Roles { source, target, watcher } = stage.roles()?;
+    let Moves { lab, web, status: before } = stage;
+    let (pids, target) = (lab.vm_pids(source)?, format!("node{target}"));
+    let arguments = [&["vm", "migrate", &web.name, &target], &faults::SLOW[..]].concat();
+    let output = std::thread::scope(|scope| {
+        let migration = scope.spawn(|| lab.ctl_output(watcher, &arguments));
+        lab.wait_precopy(watcher, &web.name)?;
+        let task = lab.migration_task(watcher, &web.name)?.context("it is over already")?;
+        lab.ctl(watcher, &["task", "cancel", &task.task_id])?;
+        let output = migration.join().map_err(|_| anyhow::anyhow!("its watcher broke"))?;
+        anyhow::Ok(output?)
+    })?;
+    println!("clusterctl said: {output:?}");
+    ensure!(output.code != 0 && output.stderr.contains("cancel"), "{output:?}");
+    let after = lab.wait_single_copy(watcher, web)?;
+    ensure!(after.boot_id == before.boot_id, "the guest was restarted");
+    ensure!(lab.owner(watcher, &web.name)? == source, "it has another owner");
+    ensure!(lab.vm_pids(source)? == pids, "it is another process");
+    Ok(())
+}
+
 fn ten_moves(stage: &mut Moves) -> anyhow::Result<()> {
     let Moves { lab, web, status: first } = stage;
     let home = lab.owner(3, &web.name)?;
@@ -112,7 +140,14 @@ fn ten_moves(stage: &mut Moves) -> anyhow::Result<()> {
             ensure!(figures.bytes > 0 && figures.rounds >= 1, "{figures:?}");
         }
     }
+    // What was filled before the last moves is looked at after them.
+    let moved = lab.await_guest(3, web, BOOT)?;
+    wait_until(BOOT, "the guest has checked the memory that moved", || {
+        Ok(lab.await_guest(3, web, BOOT)?.memory_rounds > moved.memory_rounds)
+    })?;
     let last = lab.wait_single_copy(3, web)?;
+    println!("memory: {} rounds, {} errors", last.memory_rounds, last.memory_errors);
+    ensure!(last.memory_errors == 0, "the guest lost memory: {last:?}");
     ensure!(last.boot_id == first.boot_id, "the guest was restarted");
     ensure!(last.last_record > first.last_record, "no record was written meanwhile");
     let report = talk.finish()?;
