@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::stream::BoxStream;
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
-    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError,
+    StreamAppendResult, TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use proto::NodeId;
 use proto::v1::raft_client::RaftClient;
@@ -29,7 +29,7 @@ use tonic::transport::Channel;
 
 use super::service::{Forward, Forwarded};
 use super::snapshot::SnapshotFile;
-use super::types::{MemberNode, Snapshot, TypeConfig, Vote};
+use super::types::{LogId, MemberNode, Snapshot, TypeConfig, Vote};
 use crate::host::{Host, blocking};
 use crate::identity::node_host;
 use crate::tls::channel;
@@ -235,32 +235,18 @@ impl RaftNetworkV2<TypeConfig> for Link {
     async fn append_entries(
         &mut self,
         rpc: AppendEntriesRequest<TypeConfig>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Rpc<AppendEntriesResponse<TypeConfig>> {
-        // openraft replicates by `stream_append` alone; this is the same for one request.
-        let (prev, last) = (rpc.prev_log_id, rpc.entries.last().map(|entry| entry.log_id));
-        let input = futures::stream::iter([rpc]);
-        let mut answers = RaftNetworkV2::stream_append(self, input, option).await?;
-        match answers.next().await {
-            None => Err(unreachable("the stream ended without an answer")),
-            Some(Err(error)) => Err(error),
-            Some(Ok(Ok(matching))) if matching == last.or(prev) => {
-                Ok(AppendEntriesResponse::Success)
-            }
-            Some(Ok(Ok(matching))) => Ok(AppendEntriesResponse::PartialSuccess(matching)),
-            Some(Ok(Err(openraft::raft::StreamAppendError::Conflict(_)))) => {
-                Ok(AppendEntriesResponse::Conflict)
-            }
-            Some(Ok(Err(openraft::raft::StreamAppendError::HigherVote(vote)))) => {
-                Ok(AppendEntriesResponse::HigherVote(vote))
-            }
-        }
+        self.unary(&rpc, self.append_limit, |mut client, message| async move {
+            client.append_once(message).await
+        })
+        .await
     }
 
     fn stream_append<'s, S>(
         &'s mut self,
         input: S,
-        _option: RPCOption,
+        option: RPCOption,
     ) -> Pin<
         Box<
             dyn Future<Output = Rpc<BoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>>>
@@ -272,6 +258,21 @@ impl RaftNetworkV2<TypeConfig> for Link {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         Box::pin(async move {
+            // openraft sends a heartbeat as a stream of one request, which is there at once.
+            let mut input = input.fuse();
+            let first = input.next().now_or_never().flatten();
+            let second = first.as_ref().and_then(|_| input.next().now_or_never());
+            let begun = match (first, second) {
+                (Some(only), Some(None)) => {
+                    let (prev, last) = (only.prev_log_id, only.entries.last().map(|e| e.log_id));
+                    let answer = self.append_entries(only, option).await?;
+                    let answer = as_of_a_stream(answer, prev, last);
+                    return Ok(futures::stream::iter([answer]).boxed());
+                }
+                (first, second) => first.into_iter().chain(second.flatten()),
+            };
+            let input = futures::stream::iter(begun).chain(input);
+
             let mut client = self.client()?;
             // Requests sent less answers received: only a debt makes silence an error.
             let sent = Arc::new(AtomicU64::new(0));
@@ -365,6 +366,23 @@ impl RaftNetworkV2<TypeConfig> for Link {
             }
         }
     }
+}
+
+/// The answer to one request as a stream of them has it; `prev` and `last` are the request's log ids.
+fn as_of_a_stream(
+    answer: AppendEntriesResponse<TypeConfig>,
+    prev: Option<LogId>,
+    last: Option<LogId>,
+) -> Rpc<StreamAppendResult<TypeConfig>> {
+    Ok(match answer {
+        AppendEntriesResponse::Success => Ok(last.or(prev)),
+        AppendEntriesResponse::PartialSuccess(matching) => Ok(matching),
+        AppendEntriesResponse::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote)),
+        AppendEntriesResponse::Conflict => {
+            let conflict = prev.ok_or_else(|| unreachable("a conflict with nothing"))?;
+            Err(StreamAppendError::Conflict(conflict))
+        }
+    })
 }
 
 /// The next answer. Silence is an error only while a request is unanswered.

@@ -19,6 +19,7 @@ use crate::host::blocking;
 use crate::machine::{Reply, TxnCommand};
 use crate::membership::check_described;
 use crate::node::Node;
+use crate::storage::Db;
 use crate::tls::require_node;
 
 /// What a member asks the leader for.
@@ -98,14 +99,24 @@ impl RaftService {
     /// Refuses what would have to be written, while there is no room for it.
     fn room(&self) -> Result<(), Status> {
         if self.node.db().disk_low() {
-            return Err(Status::resource_exhausted("this node's disk is full"));
+            return Err(no_room());
         }
         Ok(())
     }
 }
 
+fn no_room() -> Status {
+    Status::resource_exhausted("this node's disk is full")
+}
+
 fn failed(error: impl std::fmt::Display) -> Status {
     Status::unavailable(format!("Raft stopped on this node: {error}"))
+}
+
+/// A full disk takes no entries, but answers heartbeats while it can: the leader's reads, and with
+/// them all node leases, must not end because disks run full.
+fn has_room(db: &Db, request: &AppendEntriesRequest<TypeConfig>) -> bool {
+    !db.disk_exhausted() && (request.entries.is_empty() || !db.disk_low())
 }
 
 type Messages = Pin<Box<dyn Stream<Item = Result<RaftMessage, Status>> + Send>>;
@@ -121,25 +132,32 @@ impl RaftApi for RaftService {
         self.admit(&request)?;
         let db = self.node.db().clone();
         let input = request.into_inner();
-        // Ends at the first thing that is wrong; the leader then begins anew. A full disk takes no
-        // entries, but answers heartbeats while it can: the leader's reads, and with them all node
-        // leases, must not end because disks run full.
+        // Ends at the first thing that is wrong; the leader then begins anew.
         let requests = futures::stream::unfold(Some(input), move |input| {
             let db = db.clone();
             async move {
                 let mut input = input?;
                 let message = input.message().await.ok()??;
                 let request: AppendEntriesRequest<TypeConfig> = from_message(&message).ok()?;
-                let no_room = db.disk_low() && !request.entries.is_empty();
-                if no_room || db.disk_exhausted() {
-                    return None;
-                }
-                Some((request, Some(input)))
+                has_room(&db, &request).then_some((request, Some(input)))
             }
         });
         let answers = self.node.raft().stream_append(requests);
         let messages = answers.map(|answer| to_message(&answer.map_err(failed)?));
         Ok(Response::new(Box::pin(messages)))
+    }
+
+    async fn append_once(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        self.admit(&request)?;
+        let request: AppendEntriesRequest<TypeConfig> = from_message(request.get_ref())?;
+        if !has_room(self.node.db(), &request) {
+            return Err(no_room());
+        }
+        let answer = self.node.raft().append_entries(request).await.map_err(failed)?;
+        Ok(Response::new(to_message(&answer)?))
     }
 
     async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -39,7 +39,7 @@ impl Tree {
         let answer = tokio::select! {
             answer = commit => answer.map_err(|_| Failure::Errno(Errno::EIO))?,
             // Given up: whether it is written all the same is seen when there is a quorum again.
-            () = self.quorum.lost_for(&self.source) => return Err(Failure::Errno(Errno::EROFS)),
+            () = self.quorum.lost_for(&self.source, Instant::now()) => return Err(Failure::Errno(Errno::EROFS)),
         };
         match answer {
             Ok(revision) => {

@@ -1,7 +1,7 @@
 //! Open files: opening, creating, reading, writing, saving.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use nix::errno::Errno;
 use proto::Revision;
@@ -11,7 +11,7 @@ use super::commit::Failure;
 use super::inode::Body;
 use super::names;
 use super::state::{Caller, Handle, Tree, bounded};
-use crate::{FileChange, FileRefused};
+use crate::{FileChange, FileRefused, StoreError};
 
 /// Attempts to append where others do, too.
 const TRIES: usize = 100;
@@ -257,12 +257,13 @@ impl Tree {
         if is_new && !names::is_document(path) {
             changes.push(FileChange::remove(names::marker(path)).if_revision(Revision(0)));
         }
+        let begun = Instant::now();
         let revision = match self.commit(changes, caller).await {
             Ok(revision) => revision,
             Err(Failure::Refused(FileRefused::Conflict { path: at, .. })) => {
                 return self.resolve(path, &at, plan).await;
             }
-            Err(Failure::Refused(FileRefused::Unknown(_))) => self.look(path, plan).await?,
+            Err(Failure::Refused(FileRefused::Unknown(_))) => self.look(path, plan, begun).await?,
             Err(failure) => return Err(self.errno_at(path, failure)),
         };
         self.change(|names| {
@@ -298,13 +299,22 @@ impl Tree {
         Ok(Saved::Again)
     }
 
-    /// The outcome is unknown: what is there tells.
-    async fn look(&self, path: &str, plan: &Plan) -> Result<u64, Errno> {
-        match self.source.confirmed(path).await {
+    /// The outcome of a write that was begun then is unknown: what is there tells. Without a quorum
+    /// nothing does, as for a write that is given up.
+    async fn look(&self, path: &str, plan: &Plan, begun: Instant) -> Result<u64, Errno> {
+        let confirmed = tokio::select! {
+            confirmed = self.source.confirmed(path) => confirmed,
+            () = self.quorum.lost_for(&self.source, begun) => return Err(Errno::EROFS),
+        };
+        match confirmed {
             Ok(Some((content, revision)))
                 if content == plan.content && plan.expected.is_none_or(|base| revision > base) =>
             {
                 Ok(revision)
+            }
+            Err(StoreError::NoQuorum { .. }) => {
+                self.quorum.lose();
+                Err(Errno::EROFS)
             }
             Ok(_) | Err(_) => Err(Errno::EIO),
         }
@@ -348,9 +358,9 @@ impl Tree {
 }
 
 /// What a read of the store says, in the writer's words.
-fn store_error(error: &crate::StoreError) -> FileRefused {
+fn store_error(error: &StoreError) -> FileRefused {
     match error {
-        crate::StoreError::NoQuorum { why } => FileRefused::NoQuorum(why.clone()),
+        StoreError::NoQuorum { why } => FileRefused::NoQuorum(why.clone()),
         other => FileRefused::Busy(other.to_string()),
     }
 }

@@ -41,9 +41,8 @@ impl Quorum {
         }
     }
 
-    /// Resolves if a write that began now has to be given up for want of a quorum.
-    pub(super) async fn lost_for(&self, source: &Source) {
-        let begin = Instant::now();
+    /// Resolves if a write that began then has to be given up for want of a quorum.
+    pub(super) async fn lost_for(&self, source: &Source, begin: Instant) {
         let (mut cut_off, mut asked_again) = (None, false);
         loop {
             tokio::time::sleep(EVERY).await;
