@@ -2,6 +2,8 @@
 
 #[path = "flat/mod.rs"]
 mod flat;
+#[path = "machine/pvh.rs"]
+mod pvh;
 #[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
 #[path = "../../tests/src/skip.rs"]
 mod skip;
