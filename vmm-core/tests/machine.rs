@@ -7,6 +7,8 @@ mod pvh;
 #[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
 #[path = "../../tests/src/skip.rs"]
 mod skip;
+#[path = "machine/smp.rs"]
+mod smp;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
