@@ -9,6 +9,8 @@ mod pvh;
 mod skip;
 #[path = "machine/smp.rs"]
 mod smp;
+#[path = "machine/virtio.rs"]
+mod virtio;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
