@@ -2,9 +2,15 @@
 
 #[path = "flat/mod.rs"]
 mod flat;
+#[path = "machine/pvh.rs"]
+mod pvh;
 #[allow(dead_code, unreachable_pub, reason = "it is the interface of another crate")]
 #[path = "../../tests/src/skip.rs"]
 mod skip;
+#[path = "machine/smp.rs"]
+mod smp;
+#[path = "machine/virtio.rs"]
+mod virtio;
 
 use std::collections::BTreeSet;
 use std::time::Duration;

@@ -5,6 +5,7 @@
 //! loaded image or a [`BootError`].
 
 mod bzimage;
+mod elf;
 mod firmware;
 mod linux;
 mod pvh;

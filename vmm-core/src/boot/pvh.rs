@@ -4,11 +4,10 @@
 
 use std::fs::File;
 
-use linux_loader::loader::KernelLoader;
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
+use super::elf::ElfImage;
 use super::linux::{self, CMDLINE_START};
 use super::{BootError, BootRegisters};
 use crate::memory::{GuestMemory, layout};
@@ -25,21 +24,16 @@ const CMDLINE_LIMIT: usize = 2047;
 
 pub(super) fn load(
     memory: &GuestMemory,
-    mut kernel: &File,
+    kernel: &File,
     initrd: Option<&File>,
     cmdline: &str,
 ) -> Result<BootRegisters, BootError> {
-    let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_MEMORY)))
-        .map_err(|error| BootError::Damaged(error.to_string()))?;
-    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(BootError::Unsupported(
-            "the ELF image has no PVH entry (build it with CONFIG_PVH, or give the bzImage)",
-        ));
-    };
+    let image = ElfImage::read(kernel)?;
     let available = linux::low_ram_end(memory);
-    if loaded.kernel_end > available {
-        return Err(BootError::NoRoom { what: "kernel", needed: loaded.kernel_end, available });
+    if image.end() > available {
+        return Err(BootError::NoRoom { what: "kernel", needed: image.end(), available });
     }
+    image.load(kernel, memory)?;
     linux::load_cmdline(memory, cmdline, CMDLINE_LIMIT)?;
 
     let mut info = hvm_start_info {
@@ -51,7 +45,7 @@ pub(super) fn load(
         ..hvm_start_info::default()
     };
     if let Some(initrd) = initrd {
-        let loaded = linux::load_initrd(memory, initrd, loaded.kernel_end, 1 << 32)?;
+        let loaded = linux::load_initrd(memory, initrd, image.end(), 1 << 32)?;
         let module = hvm_modlist_entry {
             paddr: loaded.start,
             size: loaded.bytes,
@@ -73,9 +67,7 @@ pub(super) fn load(
         info.memmap_entries = slot + 1;
     }
     write(memory, "start info", info, START_INFO)?;
-    let entry = u32::try_from(entry.0)
-        .map_err(|_| BootError::Damaged("its PVH entry is beyond 4 GiB".to_owned()))?;
-    Ok(BootRegisters::Protected { entry, start_info: START_INFO })
+    Ok(BootRegisters::Protected { entry: image.entry(), start_info: START_INFO })
 }
 
 fn write<T: ByteValued>(

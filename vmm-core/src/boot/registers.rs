@@ -106,6 +106,7 @@ pub fn set_boot_registers(
         }
         BootRegisters::Protected { entry, start_info } => {
             (regs.rip, regs.rbx) = (u64::from(entry), start_info);
+            sregs.tr = task();
             sregs.cr0 = CR0_PE | CR0_ET;
             sregs.cr4 = 0;
             sregs.efer = 0;
@@ -142,6 +143,11 @@ fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
         g: 1,
         ..kvm_segment::default()
     }
+}
+
+/// The task that PVH begins in: 32-bit, busy, at address 0.
+fn task() -> kvm_segment {
+    kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..kvm_segment::default() }
 }
 
 /// The descriptor of a flat segment, as a processor reads it (Intel SDM 3A 3.4.5).

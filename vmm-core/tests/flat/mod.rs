@@ -1,6 +1,9 @@
 //! Flat-firmware guests for tests: 32-bit code that begins at the reset vector. They use no x87 and
 //! no SSE, so that they also run where KVM emulates every instruction.
 
+#[allow(dead_code, reason = "tests of hostile images use more of it")]
+pub(crate) mod elf;
+
 use std::fs::File;
 use std::io::Write;
 use std::sync::mpsc::Receiver;
