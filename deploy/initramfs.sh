@@ -1,8 +1,27 @@
-# Sourced by deploy/node/build and deploy/guest/build: how an initramfs is put together.
+# Sourced by deploy/node/build and deploy/guest/build: how an initramfs is put together, and how a
+# kernel is unpacked.
 PATH=$PATH:/usr/sbin:/sbin
 
 # The kernel's version, from its unpacked folder.
 kernel_version() { basename "$1"/lib/modules/*; }
+
+# unpack_kernel BZIMAGE FILE: the ELF image that is packed in a bzImage (Documentation/arch/x86/boot.rst:
+# setup_sects, payload_offset, payload_length). Fails where there is none, or none with a PVH entry point.
+unpack_kernel() {
+    local image=$1 file=$2 offset length
+    number() { od -A n -t "u$2" -j "$1" -N "$2" "$image" | tr -d ' '; }
+    offset=$((($(number 497 1) + 1) * 512 + $(number 584 4)))
+    length=$(($(number 588 4) - 4)) # what follows is the length unpacked
+    payload() { head -c "$((offset + length))" "$image" | tail -c "+$((offset + 1))"; }
+    case $(payload | head -c 4 | od -A n -t x1 | tr -d ' ') in
+    fd377a58) payload | xz -dc ;;
+    28b52ffd) payload | zstd -dc ;;
+    02214c18) payload | lz4 -dc ;;
+    1f8b*) payload | gzip -dc ;;
+    *) return 1 ;;
+    esac >"$file" || return 1
+    readelf -n "$file" 2>/dev/null | grep 'Xen .*0x00000012' >/dev/null # -q would break the pipe
+}
 
 # add_modules KERNEL ROOT NAME...: copies modules with all they need into ROOT/modules and appends
 # them, in loading order, to ROOT/modules/order.

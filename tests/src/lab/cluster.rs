@@ -158,14 +158,24 @@ impl Lab {
         let create = ["storage", "create", "shared", "--kind", "shared-dir", "--path", &path];
         self.ctl(1, &[&create[..], &["--create"]].concat())?;
         self.ctl(1, &["network", "create", "lan", "--bridge", "hfbr0"])?;
-        for (name, kind) in [("vmlinuz", "kernel"), ("guest.cpio", "initrd")] {
-            let file = format!("/shared/import/{name}");
-            self.ctl(
-                1,
-                &["image", "import", &file, "--pool", "shared", "--name", name, "--kind", kind],
-            )?;
-        }
-        Ok(())
+        self.import("vmlinuz", "kernel")?;
+        self.import("guest.cpio", "initrd")
+    }
+
+    /// Imports the test guest's kernel once more, unpacked: an ELF image, entered by PVH.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub fn import_unpacked_kernel(&self) -> anyhow::Result<()> {
+        let unpacked = assets::guest_image()?.kernel.with_file_name("vmlinux");
+        std::fs::copy(unpacked, self.shared().join("import/vmlinux"))?;
+        self.import("vmlinux", "kernel")
+    }
+
+    fn import(&self, name: &str, kind: &str) -> anyhow::Result<()> {
+        let file = format!("/shared/import/{name}");
+        let import = ["image", "import", &file, "--pool", "shared", "--name", name, "--kind", kind];
+        self.ctl(1, &import).map(drop)
     }
 
     /// Waits until a VM fulfils a condition; returns it and when that was.

@@ -18,6 +18,8 @@ use crate::violation;
 pub struct Guest {
     /// The VM's name.
     pub name: String,
+    /// Its kernel: `vmlinuz` (a bzImage), or another that was imported.
+    pub kernel: &'static str,
     /// vCPUs.
     pub cpus: u32,
     /// Memory, MiB.
@@ -39,6 +41,7 @@ impl Guest {
     pub fn new(name: &str, host: u8) -> Self {
         Self {
             name: name.to_owned(),
+            kernel: "vmlinuz",
             cpus: 1,
             memory_mib: 128,
             ha: true,
@@ -57,7 +60,7 @@ impl Guest {
     /// Its VM document.
     #[must_use]
     pub fn document(&self) -> String {
-        let Self { name, cpus, memory_mib, ha, .. } = self;
+        let Self { name, kernel, cpus, memory_mib, ha, .. } = self;
         let mut cmdline = format!(
             "console=ttyS0 quiet panic=-1 init_on_free=1 probe.memory-mib={} probe.memory-rate=2",
             self.checked_mib
@@ -73,7 +76,7 @@ impl Guest {
         }
         format!(
             "name = \"{name}\"\ncpus = {cpus}\nmemory = \"{memory_mib}MiB\"\n\
-             [boot]\nkernel = \"shared/vmlinuz\"\ninitrd = \"shared/guest.cpio\"\ncmdline = \"{cmdline}\"\n\
+             [boot]\nkernel = \"shared/{kernel}\"\ninitrd = \"shared/guest.cpio\"\ncmdline = \"{cmdline}\"\n\
              {devices}[ha]\nenabled = {ha}\n"
         )
     }

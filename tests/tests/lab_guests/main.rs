@@ -19,7 +19,10 @@ fn guests_of_several_shapes_run_on_one_node() -> anyhow::Result<()> {
     play(
         &mut stage,
         &[
-            ("guests with one and four CPUs, and the power button", one_and_four_cpus),
+            (
+                "guests with one and four CPUs, a bzImage and PVH, and the power button",
+                one_and_four_cpus,
+            ),
             ("eight small VMs", eight_small_vms),
             ("VM processes are confined", |stage| confinement::check(&stage.lab)),
             ("a saved guest goes on where it stopped", a_saved_guest),
@@ -45,8 +48,10 @@ impl Stage for OneNode {
 
 fn one_and_four_cpus(stage: &mut OneNode) -> anyhow::Result<()> {
     let OneNode { lab } = stage;
-    for cpus in [1, 4] {
-        let guest = Guest { cpus, ha: false, ..Guest::new(&format!("cpus{cpus}"), 100) };
+    lab.import_unpacked_kernel()?;
+    for (cpus, kernel) in [(1, "vmlinuz"), (4, "vmlinux")] {
+        let name = format!("cpus{cpus}");
+        let guest = Guest { cpus, kernel, ha: false, ..Guest::new(&name, 100) };
         lab.create_guest(1, &guest, None)?;
         let seen = lab.await_guest(1, &guest, BOOT)?.cpus;
         ensure!(seen == u64::from(cpus), "it sees {seen} CPUs of {cpus}");
