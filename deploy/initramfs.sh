@@ -11,12 +11,13 @@ unpack_kernel() {
     local image=$1 file=$2 offset length
     number() { od -A n -t "u$2" -j "$1" -N "$2" "$image" | tr -d ' '; }
     offset=$((($(number 497 1) + 1) * 512 + $(number 584 4)))
-    length=$(($(number 588 4) - 4)) # what follows is the length unpacked
-    payload() { head -c "$((offset + length))" "$image" | tail -c "+$((offset + 1))"; }
+    length=$(number 588 4)
+    payload() { head -c "$((offset + length - ${1:-0}))" "$image" | tail -c "+$((offset + 1))"; }
+    # Behind each is its length unpacked, 4 bytes, which gzip has as its own.
     case $(payload | head -c 4 | od -A n -t x1 | tr -d ' ') in
-    fd377a58) payload | xz -dc ;;
-    28b52ffd) payload | zstd -dc ;;
-    02214c18) payload | lz4 -dc ;;
+    fd377a58) payload 4 | xz -dc ;;
+    28b52ffd) payload 4 | zstd -dc ;;
+    02214c18) payload 4 | lz4 -dc ;;
     1f8b*) payload | gzip -dc ;;
     *) return 1 ;;
     esac >"$file" || return 1

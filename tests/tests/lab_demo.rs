@@ -48,9 +48,9 @@ fn the_demo_tells_its_story_and_leaves_nothing_behind() -> anyhow::Result<()> {
     ensure!(boot_ms > 0 && downtime_ms > 0 && downtime_ms <= total_ms, "{figures}");
     // More than the 64 MiB that the guest keeps busy; a round of precopy and the last one.
     ensure!(bytes > 64 << 20 && rounds >= 2, "{figures}");
-    // No sooner than the lease allows.
+    // No sooner than the lease allows, counted from a heartbeat that may have come 0.1 L before.
     let Failover { dead_ms, started_ms, serving_ms } = failover;
-    ensure!(dead_ms >= tests::lab::LEASE_MS, "{figures}");
+    ensure!(dead_ms >= tests::lab::LEASE_MS / 10 * 9, "{figures}");
     ensure!(dead_ms <= started_ms && started_ms < serving_ms, "{figures}");
     Ok(())
 }

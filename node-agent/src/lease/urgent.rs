@@ -6,6 +6,9 @@
 
 use std::io;
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use nix::unistd::geteuid;
+
 /// Above everything that is not real-time, below what an administrator put higher.
 const PRIORITY: libc::c_int = 10;
 
@@ -21,8 +24,8 @@ pub(super) fn make_urgent() {
     }
     if let Err(error) = stay_in_memory() {
         tracing::warn!(
-            "the agent's memory may be swapped out ({error}): let it run as root, or with \
-             CAP_IPC_LOCK"
+            "the agent's memory may be swapped out ({error}): let it run as root, or \
+             without a limit of locked memory"
         );
     }
 }
@@ -38,8 +41,13 @@ fn run_first() -> io::Result<()> {
     }
 }
 
-/// Pages are locked as they come into use: mapping much costs nothing.
+/// Pages are locked as they come into use: mapping much costs nothing. Not under a limit, which
+/// counts what is mapped: there a later mapping would fail.
 fn stay_in_memory() -> io::Result<()> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+    if limit != RLIM_INFINITY && !geteuid().is_root() {
+        return Err(io::Error::other(format!("RLIMIT_MEMLOCK is {limit} bytes")));
+    }
     // SAFETY: takes no pointers. Programs that are started from here do not inherit it.
     match unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } {
         0 => Ok(()),

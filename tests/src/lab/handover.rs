@@ -81,21 +81,21 @@ impl StartWatch {
 /// What is wrong with a handover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum HandoverError {
-    /// One of both copies has written nothing: this proves nothing.
+    /// One of both copies has written nothing, or more was read than is there: this proves nothing.
     #[error("the boot before this one, or this one, has written no record")]
     Nothing,
     /// The former copy ran when another was started.
     #[error(
-        "node{node} began to start the guest when {then} records were on its disk, and the former \
-         copy wrote {former} in all"
+        "node{node} began to start the guest when {then} records were on its disk, and a boot from \
+         before wrote record {late} later"
     )]
     WroteOn {
         /// That starts it.
         node: u32,
         /// Records at that moment.
         then: usize,
-        /// All that former boots wrote.
-        former: usize,
+        /// The record.
+        late: u64,
     },
 }
 
@@ -118,13 +118,15 @@ impl Start {
         records: &[Record],
         boot: [u8; 16],
     ) -> Result<(Record, Record), HandoverError> {
-        let former = records.iter().position(|record| record.boot_id == boot);
-        let former = former.filter(|former| *former > 0).ok_or(HandoverError::Nothing)?;
-        if former != self.records {
-            let Self { node, records: then } = *self;
-            return Err(HandoverError::WroteOn { node, then, former });
+        let Self { node, records: then } = *self;
+        let (before, after) = records.split_at_checked(then).ok_or(HandoverError::Nothing)?;
+        // Boots follow each other (`records::check`): one that wrote on is the last one of before.
+        let last = before.last().ok_or(HandoverError::Nothing)?;
+        if let Some(late) = after.iter().find(|record| record.boot_id == last.boot_id) {
+            return Err(HandoverError::WroteOn { node, then, late: late.number });
         }
-        Ok((records[former - 1], records[former]))
+        let first = records.iter().find(|record| record.boot_id == boot);
+        Ok((*last, *first.ok_or(HandoverError::Nothing)?))
     }
 }
 
@@ -176,10 +178,15 @@ mod tests {
         let at = |then| Start { node: 2, records: then };
         let (last, first) = at(2).compare(&records, [1; 16]).unwrap();
         assert_eq!((last.number, first.number), (2, 3));
-        let wrote_on = HandoverError::WroteOn { node: 2, then: 1, former: 2 };
+        let wrote_on = HandoverError::WroteOn { node: 2, then: 1, late: 2 };
         assert_eq!(at(1).compare(&records, [1; 16]), Err(wrote_on));
         assert_eq!(at(3).compare(&records, [2; 16]), Err(HandoverError::Nothing), "no such boot");
         assert_eq!(at(0).compare(&records, [0; 16]), Err(HandoverError::Nothing), "the first boot");
+        assert_eq!(at(4).compare(&records, [1; 16]), Err(HandoverError::Nothing), "read too late");
+        // One that was started once more meanwhile is no former copy.
+        let twice = [record(1, 0), record(2, 1), record(3, 2)];
+        let (last, first) = at(1).compare(&twice, [2; 16]).unwrap();
+        assert_eq!((last.number, first.number), (1, 3));
     }
 
     #[test]

@@ -140,10 +140,10 @@ fn ten_moves(stage: &mut Moves) -> anyhow::Result<()> {
             ensure!(figures.bytes > 0 && figures.rounds >= 1, "{figures:?}");
         }
     }
-    // What was filled before the last moves is looked at after them.
+    // All of it is looked at after the last move: by the second round that ends after it.
     let moved = lab.await_guest(3, web, BOOT)?;
-    wait_until(BOOT, "the guest has checked the memory that moved", || {
-        Ok(lab.await_guest(3, web, BOOT)?.memory_rounds > moved.memory_rounds)
+    wait_until(3 * BOOT, "the guest has checked the memory that moved", || {
+        Ok(lab.await_guest(3, web, BOOT)?.memory_rounds > moved.memory_rounds + 1)
     })?;
     let last = lab.wait_single_copy(3, web)?;
     println!("memory: {} rounds, {} errors", last.memory_rounds, last.memory_errors);
