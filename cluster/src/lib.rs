@@ -35,6 +35,7 @@ mod storage;
 pub mod tls;
 pub mod tree;
 mod types;
+mod verify;
 mod voters;
 
 pub use cluster::Cluster;

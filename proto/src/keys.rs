@@ -27,6 +27,8 @@ pub const FENCED: &str = "status/fenced/";
 pub const REMOVALS: &str = "status/removals/";
 /// Which leader may act for HA.
 pub const HA_LEADER: &str = "status/ha/leader";
+/// How the members' copies compared last.
+pub const VERIFICATION: &str = "status/verification";
 /// All disk claims.
 pub const DISKS: &str = "status/disks/";
 /// All that is for root alone: CA key, join tokens.

@@ -29,6 +29,8 @@ pub(crate) struct Seen {
     /// What the last import said of itself.
     pub(crate) header: std::sync::Mutex<v1::Image>,
     pub(crate) config: config::Store,
+    /// What comparing the copies comes to.
+    pub(crate) verification: std::sync::Mutex<v1::Verification>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -297,6 +299,9 @@ impl v1::membership_server::Membership for Agent {
         _: Request<v1::TransferLeaderRequest>,
     ) -> Answer<v1::TransferLeaderResponse> {
         Ok(Response::new(v1::TransferLeaderResponse::default()))
+    }
+    async fn verify(&self, _: Request<v1::VerifyRequest>) -> Answer<v1::Verification> {
+        Ok(Response::new(self.0.verification.lock().unwrap().clone()))
     }
     async fn issue_client(
         &self,

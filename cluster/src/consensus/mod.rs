@@ -4,6 +4,7 @@
 //! [`network`](Network) sends its messages, [`start`] puts them together.
 
 pub(crate) mod change;
+mod checksum;
 pub(crate) mod lead;
 mod log_store;
 mod network;
@@ -18,6 +19,7 @@ mod types;
 mod suite_tests;
 
 pub(crate) use change::Seen;
+pub(crate) use checksum::{Checked, Checksum};
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
 pub(crate) use network::{Network, Peers, REMOVED, ask};

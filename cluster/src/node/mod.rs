@@ -26,6 +26,7 @@ use crate::storage::Db;
 use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
 pub(crate) use run::start;
+pub(crate) use write::unix_now_ms;
 
 /// The parts of a running member.
 pub(crate) struct Node {
@@ -53,6 +54,8 @@ pub(crate) struct Node {
     /// One permit for each watch that a client may have.
     watch_slots: Arc<tokio::sync::Semaphore>,
     rate: std::sync::Mutex<Rate>,
+    /// One at a time asks for checksums.
+    check_turn: tokio::sync::Mutex<()>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 

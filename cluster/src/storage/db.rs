@@ -67,6 +67,7 @@ pub(crate) struct Db {
     host: Arc<dyn Host>,
     open: RwLock<Option<Open>>,
     disk_low: AtomicBool,
+    closing: AtomicBool,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
     pub(crate) lost_tail: bool,
 }
@@ -145,6 +146,7 @@ impl Db {
             host,
             open: RwLock::new(Some(Open { flusher, rocks, _lock: lock })),
             disk_low: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             lost_tail,
         };
         db.drop_other_states().map_err(fail)?;
@@ -242,8 +244,14 @@ impl Db {
         low
     }
 
+    /// Whether it waits for its readers to be closed: who reads for long looks here and ends.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
     /// Writes out everything and closes. Later calls fail.
     pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let end = || {
@@ -412,9 +420,28 @@ impl View<'_> {
         table: Table,
         from: &[u8],
     ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
+        self.rows_with(table, from, ReadOptions::default())
+    }
+
+    /// All rows of a table, past the cache: reading everything once does not push out what is
+    /// read often.
+    pub(crate) fn all_rows(
+        &self,
+        table: Table,
+    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        self.rows_with(table, b"", options)
+    }
+
+    fn rows_with(
+        &self,
+        table: Table,
+        from: &[u8],
+        mut options: ReadOptions,
+    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
         let state = self.state.to_be_bytes();
         let start = [state.as_slice(), from].concat();
-        let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(next(self.state)?.to_be_bytes());
         let rows = self.snapshot.iterator_cf_opt(
             handle(self.rocks, Cf::Table(table))?,

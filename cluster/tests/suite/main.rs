@@ -14,4 +14,5 @@ mod joining;
 mod membership;
 mod replication;
 mod tree;
+mod verify;
 mod watches;

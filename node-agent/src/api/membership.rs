@@ -11,6 +11,7 @@ use proto::v1::{
     ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
     InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse, NodeFailure,
     RemoveNodeRequest, RemoveNodeResponse, TransferLeaderRequest, TransferLeaderResponse,
+    Verification, VerifyRequest,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
@@ -193,6 +194,16 @@ impl Membership for MembershipService {
         let leader = node.cluster().transfer_leader(to).await?;
         tracing::info!(leader = %node.name_of(leader), user = %caller.user, "leadership moved");
         Ok(Response::new(TransferLeaderResponse { leader: node.name_of(leader) }))
+    }
+
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Verification>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        node.cluster().take_turn(&caller.user)?;
+        tracing::info!(user = %caller.user, "comparing the members' copies");
+        Ok(Response::new(node.cluster().verify().await?))
     }
 
     async fn issue_client(
