@@ -15,6 +15,7 @@
 //! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
 //! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
 
+mod backup;
 mod cluster;
 mod config;
 mod consensus;

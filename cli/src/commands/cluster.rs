@@ -1,7 +1,9 @@
 //! `clusterctl cluster`: form it, join it, see how it is.
 
+mod backup;
 mod verify;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -48,6 +50,18 @@ pub(crate) enum Command {
         after_help = "The leader does the same each hour; `clusterctl cluster status` shows how the last one ended.\nExit code 1 where copies differ, or a member could not be compared.\n\nExamples:\n  clusterctl cluster verify"
     )]
     Verify,
+    /// Write the configuration, secrets included, into a file
+    #[command(after_help = backup::AFTER_HELP)]
+    Backup {
+        /// The file; it is made with mode 0600
+        file: PathBuf,
+        /// What the asked node has, also without a quorum
+        #[arg(long)]
+        stale: bool,
+        /// Replace the file
+        #[arg(long)]
+        force: bool,
+    },
     /// Have another node lead: the one that is named, else the one that is furthest
     #[command(
         after_help = "Examples:\n  clusterctl cluster transfer-leader\n  clusterctl cluster transfer-leader node2"
@@ -117,6 +131,9 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             output::print(format, &status, status_table)
         }
         Command::Verify => verify::run(session, client).await,
+        Command::Backup { file, stale, force } => {
+            backup::run(session, client, &file, stale, force).await
+        }
         Command::TransferLeader { node } => {
             let moved = client.transfer_leader(v1::TransferLeaderRequest { node });
             let moved = session.call("move leadership", moved).await?;

@@ -20,6 +20,15 @@ use tonic::{Request, Response, Status, Streaming};
 type Answer<T> = Result<Response<T>, Status>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// How the stream of a backup goes on after what was set.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum BackupEnd {
+    #[default]
+    Ends,
+    Breaks,
+    Stalls,
+}
+
 /// What happened to the agent.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
@@ -29,6 +38,7 @@ pub(crate) struct Seen {
     /// What the last import said of itself.
     pub(crate) header: std::sync::Mutex<v1::Image>,
     pub(crate) config: config::Store,
+    pub(crate) backup: std::sync::Mutex<(Vec<u8>, BackupEnd)>,
     /// What comparing the copies comes to.
     pub(crate) verification: std::sync::Mutex<v1::Verification>,
 }
@@ -299,6 +309,20 @@ impl v1::membership_server::Membership for Agent {
         _: Request<v1::TransferLeaderRequest>,
     ) -> Answer<v1::TransferLeaderResponse> {
         Ok(Response::new(v1::TransferLeaderResponse::default()))
+    }
+    type BackupStream = Answers<v1::BackupChunk>;
+    /// What was set, and then the end, an error, or silence.
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Answer<Answers<v1::BackupChunk>> {
+        let (bytes, end) = self.0.backup.lock().unwrap().clone();
+        let pieces = bytes.chunks(1000).map(|data| Ok(v1::BackupChunk { data: data.to_vec() }));
+        let pieces = stream(pieces.collect());
+        Ok(Response::new(match end {
+            BackupEnd::Ends => pieces,
+            BackupEnd::Breaks => {
+                Box::pin(pieces.chain(stream(vec![Err(Status::internal("its disk failed"))])))
+            }
+            BackupEnd::Stalls => Box::pin(pieces.chain(tokio_stream::pending())),
+        }))
     }
     async fn verify(&self, _: Request<v1::VerifyRequest>) -> Answer<v1::Verification> {
         Ok(Response::new(self.0.verification.lock().unwrap().clone()))

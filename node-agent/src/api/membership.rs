@@ -4,22 +4,23 @@
 use std::sync::Arc;
 
 use cluster::tls::{PeerIdentity, peer};
-use cluster::{InitError, JoinError};
+use cluster::{Consistency, InitError, JoinError};
+use futures::StreamExt as _;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
-    ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
-    InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse, NodeFailure,
-    RemoveNodeRequest, RemoveNodeResponse, TransferLeaderRequest, TransferLeaderResponse,
-    Verification, VerifyRequest,
+    BackupChunk, BackupRequest, ClusterStatus, ClusterStatusRequest, CreateTokenRequest,
+    CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest, IssueClientResponse,
+    JoinRequest, JoinResponse, NodeFailure, RemoveNodeRequest, RemoveNodeResponse,
+    TransferLeaderRequest, TransferLeaderResponse, Verification, VerifyRequest,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
-use super::Api;
 use super::forward::{Caller, channel};
 use super::node::unknown;
+use super::{Answers, Api};
 use crate::ha::observe;
 use crate::node::Node;
 use crate::outlook::{Voice, outlook};
@@ -204,6 +205,23 @@ impl Membership for MembershipService {
         node.cluster().take_turn(&caller.user)?;
         tracing::info!(user = %caller.user, "comparing the members' copies");
         Ok(Response::new(node.cluster().verify().await?))
+    }
+
+    type BackupStream = Answers<BackupChunk>;
+
+    async fn backup(
+        &self,
+        request: Request<BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let consistency = match request.into_inner().stale {
+            true => Consistency::Stale,
+            false => Consistency::Linearizable,
+        };
+        let pieces = node.cluster().backup(consistency).await?;
+        tracing::warn!(user = %caller.user, "a backup of the configuration, secrets included, is taken");
+        let chunks = pieces.map(|piece| Ok(BackupChunk { data: piece? }));
+        Ok(Response::new(chunks.boxed()))
     }
 
     async fn issue_client(
