@@ -124,3 +124,55 @@ fn ctrl_c_and_the_time_limit_leave_no_half_file() {
     assert!(ran.stderr.contains("no file was left"), "{ran:?}");
     assert_eq!(files(mock.folder.path()), [""; 0]);
 }
+
+#[test]
+fn a_restore_sends_the_file_as_it_is_and_says_what_must_be_off() {
+    let mock = Mock::start();
+    let (path, bytes) = (mock.folder.path().join("prod.hfb"), backup(2000));
+    std::fs::write(&path, &bytes).unwrap();
+    let file = path.to_str().unwrap();
+    let ran = mock.run(&["cluster", "restore", file, "--name", "prod2", "--yes"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert_eq!(*mock.agent.0.restored.lock().unwrap(), bytes);
+    assert!(ran.stderr.contains("ALL VMS OF THE OLD CLUSTER MUST BE OFF"), "{ran:?}");
+    assert!(ran.stderr.contains("backup of  prod (c1)"), "{ran:?}");
+    assert!(ran.stdout.contains("3, all stopped") && ran.stdout.contains("prod2"), "{ran:?}");
+
+    let refused = mock.run(&["cluster", "restore", file, "--name", "member", "--yes"]);
+    assert_eq!(refused.exit, Some(4), "{refused:?}");
+    assert!(refused.stderr.contains("already belongs"), "{refused:?}");
+}
+
+#[test]
+fn nothing_is_sent_of_a_file_that_is_not_good_or_without_consent() {
+    let mock = Mock::start();
+    let path = mock.folder.path().join("prod.hfb");
+    let file = path.to_str().unwrap();
+    let bytes = backup(100);
+    let (mut wrong, mut newer) = (bytes.clone(), bytes.clone());
+    wrong[20_000] ^= 1;
+    newer[8] = 9;
+    let cases = [
+        (bytes[..30_000].to_vec(), "cut off"),
+        (Vec::new(), "cut off"),
+        (wrong, "damaged"),
+        (newer, "format 9"),
+        (b"[package]\nname = \"x\"\n".to_vec(), "not a backup"),
+    ];
+    for (content, expected) in cases {
+        std::fs::write(&path, content).unwrap();
+        let ran = mock.run(&["cluster", "restore", file, "--yes"]);
+        assert_eq!(ran.exit, Some(2), "{ran:?}");
+        assert!(
+            ran.stderr.contains(expected) && ran.stderr.contains("nothing was changed"),
+            "{ran:?}"
+        );
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    let unasked = mock.run(&["cluster", "restore", file]);
+    assert_eq!(unasked.exit, Some(2), "{unasked:?}");
+    assert!(unasked.stderr.contains("--yes"), "{unasked:?}");
+    let missing = mock.run(&["cluster", "restore", "/nowhere/prod.hfb", "--yes"]);
+    assert_eq!(missing.exit, Some(3), "{missing:?}");
+    assert!(mock.agent.0.restored.lock().unwrap().is_empty());
+}

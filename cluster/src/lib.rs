@@ -30,6 +30,7 @@ mod node;
 mod open;
 mod removal;
 mod rename;
+mod restore;
 mod service;
 mod status;
 mod storage;
@@ -48,6 +49,7 @@ pub use error::{
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
+pub use restore::{RestoreError, Restored};
 pub use service::EnrolmentService;
 pub use types::{
     Change, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome,

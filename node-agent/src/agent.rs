@@ -19,11 +19,14 @@ use arc_swap::ArcSwapOption;
 use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError, Uninitialized};
 use ha_manager::Timing;
 use proto::Name;
-use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
+use proto::v1::{
+    InitRequest, InitResponse, JoinRequest, JoinResponse, RestoreNames, RestoreRequest,
+    RestoreResponse,
+};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, mpsc};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, Streaming};
 
 use crate::api::{self, Api, Former};
 use crate::config::Config;
@@ -324,6 +327,15 @@ impl Former for Arc<Agent> {
         let agent = self.clone();
         formed(tokio::spawn(async move { agent.form_join(&agent, request).await })).await
     }
+
+    async fn restore(&self, chunks: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status> {
+        if self.fresh.lock().await.is_none() {
+            return Err(self.already());
+        }
+        let (names, file) = crate::restore::receive(&self.config.data_dir, chunks).await?;
+        let agent = self.clone();
+        formed(tokio::spawn(async move { agent.form_restore(&agent, names, file).await })).await
+    }
 }
 
 async fn formed<T>(task: tokio::task::JoinHandle<Result<T, Status>>) -> Result<T, Status> {
@@ -363,6 +375,34 @@ impl Agent {
             cluster_id: cluster.cluster_id().to_string(),
             node_id: cluster.node_id().0,
             ca_fingerprint: cluster.ca_fingerprint().to_string(),
+        };
+        let member = this.become_member(cluster, listeners).await;
+        member.map_err(|error| Self::internal(&error))?;
+        Ok(answer)
+    }
+
+    async fn form_restore(
+        &self,
+        this: &Arc<Self>,
+        names: RestoreNames,
+        file: File,
+    ) -> Result<RestoreResponse, Status> {
+        let mut fresh = self.fresh.lock().await;
+        let Some(folder) = fresh.as_ref() else { return Err(self.already()) };
+        let node_name = self.node_name(&names.node_name)?;
+        let listeners = self.bind().await.map_err(|error| Self::internal(&error))?;
+        let made = folder.restore(file, &names.cluster_name, &node_name).await;
+        let (cluster, restored) = made.map_err(|error| api::restore_status(&error))?;
+        *fresh = None;
+        let answer = RestoreResponse {
+            cluster_id: cluster.cluster_id().to_owned(),
+            cluster_name: cluster.cluster_name().to_owned(),
+            node_id: cluster.node_id().0,
+            ca_fingerprint: cluster.ca_fingerprint().to_owned(),
+            from_cluster_id: restored.header.cluster_id,
+            from_revision: restored.header.revision,
+            keys: restored.keys,
+            vms: restored.vms,
         };
         let member = this.become_member(cluster, listeners).await;
         member.map_err(|error| Self::internal(&error))?;

@@ -40,6 +40,7 @@ pub mod network;
 pub mod node;
 pub mod outlook;
 pub mod reconcile;
+mod restore;
 pub mod storage;
 pub mod store;
 pub mod supervisor;

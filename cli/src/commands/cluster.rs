@@ -1,6 +1,7 @@
 //! `clusterctl cluster`: form it, join it, see how it is.
 
 mod backup;
+mod restore;
 mod verify;
 
 use std::path::PathBuf;
@@ -61,6 +62,21 @@ pub(crate) enum Command {
         /// Replace the file
         #[arg(long)]
         force: bool,
+    },
+    /// Make this node the first of a new cluster with the data of a backup
+    #[command(after_help = restore::AFTER_HELP)]
+    Restore {
+        /// What `clusterctl cluster backup` wrote
+        file: PathBuf,
+        /// The new cluster's name; the old one's where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        name: String,
+        /// This node's name; as configured where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        node_name: String,
+        /// All VMs of the old cluster are off: do not ask
+        #[arg(long)]
+        yes: bool,
     },
     /// Have another node lead: the one that is named, else the one that is furthest
     #[command(
@@ -133,6 +149,10 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
         Command::Verify => verify::run(session, client).await,
         Command::Backup { file, stale, force } => {
             backup::run(session, client, &file, stale, force).await
+        }
+        Command::Restore { file, name, node_name, yes } => {
+            let wanted = restore::Wanted { name, node_name, yes };
+            restore::run(session, client, &file, wanted).await
         }
         Command::TransferLeader { node } => {
             let moved = client.transfer_leader(v1::TransferLeaderRequest { node });

@@ -39,6 +39,7 @@ pub(crate) struct Seen {
     pub(crate) header: std::sync::Mutex<v1::Image>,
     pub(crate) config: config::Store,
     pub(crate) backup: std::sync::Mutex<(Vec<u8>, BackupEnd)>,
+    pub(crate) restored: std::sync::Mutex<Vec<u8>>,
     /// What comparing the copies comes to.
     pub(crate) verification: std::sync::Mutex<v1::Verification>,
 }
@@ -309,6 +310,26 @@ impl v1::membership_server::Membership for Agent {
         _: Request<v1::TransferLeaderRequest>,
     ) -> Answer<v1::TransferLeaderResponse> {
         Ok(Response::new(v1::TransferLeaderResponse::default()))
+    }
+    async fn restore(
+        &self,
+        request: Request<Streaming<v1::RestoreRequest>>,
+    ) -> Answer<v1::RestoreResponse> {
+        let mut chunks = request.into_inner();
+        let first = chunks.message().await?.and_then(|first| first.names);
+        let names = first.ok_or_else(|| Status::invalid_argument("no names"))?;
+        if names.cluster_name == "member" {
+            return Err(Status::already_exists("this node already belongs to the cluster `lab`"));
+        }
+        while let Some(chunk) = chunks.message().await? {
+            self.0.restored.lock().unwrap().extend(chunk.data);
+        }
+        let cluster_name = names.cluster_name;
+        Ok(Response::new(v1::RestoreResponse {
+            cluster_name,
+            vms: 3,
+            ..v1::RestoreResponse::default()
+        }))
     }
     type BackupStream = Answers<v1::BackupChunk>;
     /// What was set, and then the end, an error, or silence.

@@ -4,19 +4,20 @@
 use std::sync::Arc;
 
 use cluster::tls::{PeerIdentity, peer};
-use cluster::{Consistency, InitError, JoinError};
+use cluster::{Consistency, InitError, JoinError, RestoreError};
 use futures::StreamExt as _;
+use proto::backup::BackupError;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
     BackupChunk, BackupRequest, ClusterStatus, ClusterStatusRequest, CreateTokenRequest,
     CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest, IssueClientResponse,
-    JoinRequest, JoinResponse, NodeFailure, RemoveNodeRequest, RemoveNodeResponse,
-    TransferLeaderRequest, TransferLeaderResponse, Verification, VerifyRequest,
+    JoinRequest, JoinResponse, NodeFailure, RemoveNodeRequest, RemoveNodeResponse, RestoreRequest,
+    RestoreResponse, TransferLeaderRequest, TransferLeaderResponse, Verification, VerifyRequest,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::forward::{Caller, channel};
 use super::node::unknown;
@@ -33,6 +34,8 @@ pub trait Former: Send + Sync + std::fmt::Debug {
     async fn init(&self, request: InitRequest) -> Result<InitResponse, Status>;
     /// `cluster join`.
     async fn join(&self, request: JoinRequest) -> Result<JoinResponse, Status>;
+    /// `cluster restore`.
+    async fn restore(&self, chunks: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status>;
 }
 
 /// The service: with a [`Former`] on the local socket, without one elsewhere.
@@ -50,6 +53,18 @@ pub(crate) fn init_status(error: &InitError) -> Status {
         InitError::Name(_) => Status::invalid_argument(text),
         InitError::Identity(_) | InitError::Open(_) => Status::internal(text),
         InitError::Store(error) => store_status(error),
+    }
+}
+
+/// The status of a failed `cluster restore`.
+#[must_use]
+pub(crate) fn restore_status(error: &RestoreError) -> Status {
+    let text = error.to_string();
+    match error {
+        RestoreError::Backup(BackupError::Version(_)) => Status::failed_precondition(text),
+        RestoreError::Backup(_) | RestoreError::Content { .. } => Status::invalid_argument(text),
+        RestoreError::Read(_) => Status::internal(text),
+        RestoreError::Init(error) => init_status(error),
     }
 }
 
@@ -205,6 +220,14 @@ impl Membership for MembershipService {
         node.cluster().take_turn(&caller.user)?;
         tracing::info!(user = %caller.user, "comparing the members' copies");
         Ok(Response::new(node.cluster().verify().await?))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<Streaming<RestoreRequest>>,
+    ) -> Result<Response<RestoreResponse>, Status> {
+        let former = self.former(&request)?;
+        former.restore(request.into_inner()).await.map(Response::new)
     }
 
     type BackupStream = Answers<BackupChunk>;
