@@ -28,6 +28,7 @@ mod machine;
 mod membership;
 mod node;
 mod open;
+mod recover;
 mod removal;
 mod rename;
 mod restore;
@@ -49,6 +50,7 @@ pub use error::{
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
+pub use recover::{RecoverError, Recovered, Survey, Survivor};
 pub use restore::{RestoreError, Restored};
 pub use service::EnrolmentService;
 pub use types::{

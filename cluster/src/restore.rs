@@ -95,7 +95,7 @@ impl Uninitialized {
     ) -> Result<(Cluster, Restored), RestoreError> {
         // Before minutes are spent on the file.
         node_name.parse::<Name>()?;
-        let checked = Checked::read(file).await?;
+        let checked = Checked::read(file, None).await?;
         let restored = checked.restored.clone();
         let name =
             if cluster_name.is_empty() { &restored.header.cluster_name } else { cluster_name };
@@ -114,24 +114,34 @@ impl Uninitialized {
 #[derive(Debug)]
 pub(crate) struct Checked {
     file: Arc<File>,
-    restored: Restored,
+    owners: Owners,
+    pub(crate) restored: Restored,
+}
+
+/// Who owns the VMs.
+#[derive(Debug, Clone, Copy)]
+struct Owners {
+    /// The node that a cluster is made of.
+    new: NodeId,
+    /// What its id was in the old cluster, where this is its own state.
+    survivor: Option<NodeId>,
 }
 
 impl Checked {
-    /// Reads it.
-    async fn read(file: File) -> Result<Self, RestoreError> {
-        let file = Arc::new(file);
+    /// Reads it. `survivor`: the old id of the node whose own state it is.
+    pub(crate) async fn read(file: File, survivor: Option<NodeId>) -> Result<Self, RestoreError> {
+        let (file, owners) = (Arc::new(file), Owners { new: FIRST, survivor });
         let reading = file.clone();
-        let read = tokio::task::spawn_blocking(move || check(&reading));
+        let read = tokio::task::spawn_blocking(move || check(&reading, owners));
         let restored = read.await.map_err(io::Error::other)??;
-        Ok(Self { file, restored })
+        Ok(Self { file, owners, restored })
     }
 
     /// Writes its rows into an empty cluster.
     pub(crate) async fn write(&self, node: &Node) -> Result<(), InitError> {
         let (batches, mut ready) = mpsc::channel::<Vec<Row>>(2);
-        let file = self.file.clone();
-        let reading = tokio::task::spawn_blocking(move || batched(&file, &batches));
+        let (file, owners) = (self.file.clone(), self.owners);
+        let reading = tokio::task::spawn_blocking(move || batched(&file, owners, &batches));
         while let Some(batch) = ready.recv().await {
             let txn = batch
                 .into_iter()
@@ -165,12 +175,12 @@ fn read(
     Ok((header, summary))
 }
 
-fn check(file: &File) -> Result<Restored, RestoreError> {
+fn check(file: &File, owners: Owners) -> Result<Restored, RestoreError> {
     let (mut kept, mut vms) = (0, 0);
     let (header, _) = read(file, |row| {
         let key = row.0.clone();
         let wrong = |why: String| RestoreError::Content { key: key.clone(), why };
-        if let Some((key, value)) = restored(row).map_err(wrong)? {
+        if let Some((key, value)) = restored(row, owners).map_err(wrong)? {
             valid_key(&key).map_err(wrong)?;
             if value.len() > VALUE_MAX {
                 return Err(wrong(format!("it has {} bytes", value.len())));
@@ -183,7 +193,11 @@ fn check(file: &File) -> Result<Restored, RestoreError> {
     Ok(Restored { header, keys: kept, vms })
 }
 
-fn batched(file: &File, batches: &mpsc::Sender<Vec<Row>>) -> Result<(), RestoreError> {
+fn batched(
+    file: &File,
+    owners: Owners,
+    batches: &mpsc::Sender<Vec<Row>>,
+) -> Result<(), RestoreError> {
     let (mut batch, mut bytes) = (Vec::new(), 0);
     // Whoever writes them gave up, and says why.
     let send = |batch: Vec<Row>| {
@@ -191,7 +205,7 @@ fn batched(file: &File, batches: &mpsc::Sender<Vec<Row>>) -> Result<(), RestoreE
     };
     read(file, |row| {
         let key = row.0.clone();
-        let changed = restored(row).map_err(|why| RestoreError::Content { key, why })?;
+        let changed = restored(row, owners).map_err(|why| RestoreError::Content { key, why })?;
         let Some((key, value)) = changed else { return Ok(()) };
         bytes += key.len() + value.len();
         batch.push((key, value));
@@ -205,14 +219,18 @@ fn batched(file: &File, batches: &mpsc::Sender<Vec<Row>>) -> Result<(), RestoreE
 }
 
 /// A row as the new cluster has it; `None`: it does not.
-fn restored((key, value): Row) -> Result<Option<Row>, String> {
+fn restored((key, value): Row, owners: Owners) -> Result<Option<Row>, String> {
     if !is_kept(&key) {
         return Ok(None);
     }
     if let Some(name) = key.strip_prefix(keys::PLACEMENTS) {
         name.parse::<Name>().map_err(|error| error.to_string())?;
         let found: Placement = serde_json::from_slice(&value).map_err(|error| error.to_string())?;
-        let value = to_json(&at_rest(found)?).map_err(|error| error.to_string())?;
+        let placement = match owners.survivor {
+            Some(survivor) if runs_on(&found, survivor) => Placement { owner: owners.new, ..found },
+            _ => at_rest(found, owners.new)?,
+        };
+        let value = to_json(&placement).map_err(|error| error.to_string())?;
         return Ok(Some((key, value)));
     }
     if key.starts_with(keys::DISKS) {
@@ -221,11 +239,19 @@ fn restored((key, value): Row) -> Result<Option<Row>, String> {
     Ok(Some((key, value)))
 }
 
-fn at_rest(mut placement: Placement) -> Result<Placement, String> {
+/// Whether a VM is surely the survivor's own, and goes on there as it is. One with HA is not: while
+/// the survivor was cut off, the others started it elsewhere. One that was migrating may be with
+/// its target.
+fn runs_on(placement: &Placement, survivor: NodeId) -> bool {
+    let moving = matches!(placement.phase, Phase::Migrating { .. });
+    placement.owner == survivor && !placement.ha && !moving
+}
+
+fn at_rest(mut placement: Placement, owner: NodeId) -> Result<Placement, String> {
     if placement.generation.0 > GENERATION_MAX {
         return Err(format!("its generation {} is out of bounds", placement.generation));
     }
-    placement.owner = FIRST;
+    placement.owner = owner;
     placement.generation = Generation(placement.generation.0 + GENERATIONS);
     placement.phase = Phase::Stopped;
     placement.requested = Requested::Stopped;

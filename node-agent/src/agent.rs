@@ -432,7 +432,7 @@ impl Agent {
 }
 
 /// One agent for each run folder: the VM processes in it are its own.
-fn lock_run_folder(folder: &Path) -> anyhow::Result<File> {
+pub(crate) fn lock_run_folder(folder: &Path) -> anyhow::Result<File> {
     use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
     let failed = |error: std::io::Error| {
         anyhow::anyhow!("cannot use the run folder {}: {error}", folder.display())
@@ -458,7 +458,7 @@ fn not_opened(error: OpenError) -> anyhow::Error {
     }
 }
 
-fn cluster_config(config: &Config) -> ClusterConfig {
+pub(crate) fn cluster_config(config: &Config) -> ClusterConfig {
     let timing = &config.timing;
     let (api, enrol) = (config.advertised_api(), config.advertised_enrol());
     ClusterConfig {

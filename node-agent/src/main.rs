@@ -26,23 +26,44 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         launch: PathBuf,
     },
+    /// Make this node, the survivor of a lost majority, a cluster again; its agent must be stopped
+    #[command(
+        after_help = "It says what is lost and asks, before it changes anything. It is refused while another\nmember of the cluster answers.\n\nExamples:\n  systemctl stop holdfast-node-agent && node-agent recover && systemctl start holdfast-node-agent"
+    )]
+    Recover {
+        /// The new cluster's name; the old one's where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        name: String,
+        /// The machines of all other members are off and stay off: do not ask
+        #[arg(long)]
+        yes_i_understand: bool,
+        #[command(flatten)]
+        flags: Box<Flags>,
+    },
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.command {
         Some(Command::Vm { launch }) => node_agent::vm_process::main(&launch),
-        None => agent(&arguments.flags),
+        Some(Command::Recover { name, yes_i_understand, flags }) => {
+            run(&flags, |config| node_agent::recover::run(config, &name, yes_i_understand))
+        }
+        None => run(&arguments.flags, node_agent::agent::run),
     }
 }
 
-fn agent(flags: &Flags) -> ExitCode {
+/// Runs something with the agent's configuration.
+fn run<F: Future<Output = anyhow::Result<()>>>(
+    flags: &Flags,
+    work: impl FnOnce(Config) -> F,
+) -> ExitCode {
     let ended = Config::load(flags).map_err(anyhow::Error::from).and_then(|config| {
         node_agent::telemetry::install(&config.log);
         // Fails only if a provider was installed before, which is as good.
         drop(rustls::crypto::ring::default_provider().install_default());
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let ended = runtime.block_on(node_agent::agent::run(config));
+        let ended = runtime.block_on(work(config));
         runtime.shutdown_timeout(std::time::Duration::from_secs(2));
         ended
     });

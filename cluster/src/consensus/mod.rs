@@ -5,6 +5,7 @@
 
 pub(crate) mod change;
 mod checksum;
+mod held;
 pub(crate) mod lead;
 mod log_store;
 mod network;
@@ -20,6 +21,7 @@ mod suite_tests;
 
 pub(crate) use change::Seen;
 pub(crate) use checksum::{Checked, Checksum};
+pub(crate) use held::{Held, held};
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
 pub(crate) use network::{Network, Peers, REMOVED, ask};

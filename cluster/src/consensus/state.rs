@@ -156,11 +156,11 @@ pub(crate) fn position(view: &View<'_>) -> io::Result<Applied> {
     Ok(Applied { revision: revision(view)?, index: applied.map_or(0, |id| id.index) })
 }
 
-fn applied(view: &View<'_>) -> io::Result<Option<LogId>> {
+pub(super) fn applied(view: &View<'_>) -> io::Result<Option<LogId>> {
     view.get(Table::Machine, APPLIED)?.map(|bytes| decode(&bytes)).transpose()
 }
 
-fn membership(view: &View<'_>) -> io::Result<StoredMembership> {
+pub(super) fn membership(view: &View<'_>) -> io::Result<StoredMembership> {
     let stored = view.get(Table::Machine, MEMBERSHIP)?;
     Ok(stored.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default())
 }

@@ -13,6 +13,7 @@ mod durability;
 mod history;
 mod joining;
 mod membership;
+mod recover;
 mod replication;
 mod tree;
 mod verify;

@@ -1,0 +1,130 @@
+//! `node-agent recover`: makes the one survivor of a lost majority a cluster again, while its agent
+//! is stopped. What it does, and why so, is in `cluster::recover`.
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal as _, Write as _};
+
+use cluster::{Recovered, Survey, Survivor};
+
+use crate::agent::{cluster_config, lock_run_folder};
+use crate::config::Config;
+
+/// What a person types to go on.
+const WORD: &str = "recover";
+
+/// Looks, says what is lost, asks, recovers.
+///
+/// # Errors
+/// Nothing was changed, or the error says what was.
+pub async fn run(config: Config, name: &str, yes: bool) -> anyhow::Result<()> {
+    // The agent that runs has it, and the data folder too.
+    let _agent = lock_run_folder(&config.run_dir)?;
+    let survivor = Survivor::find(cluster_config(&config)).await?;
+    eprintln!("{}", described(survivor.survey()));
+    if !yes && !confirmed(survivor.survey()) {
+        survivor.give_up();
+        anyhow::bail!(
+            "not confirmed, nothing was changed: type `{WORD}` on a terminal, or give --yes-i-understand"
+        );
+    }
+    let recovered = survivor.recover(name).await?;
+    println!("{}", done(&recovered));
+    Ok(())
+}
+
+/// What is lost, and what a person promises.
+fn described(survey: &Survey) -> String {
+    let mut text = format!(
+        "cluster      {} ({})\nthis node    {} (id {})\nrevision     {}\nlog          up to {}, known to be committed up to {}\n",
+        survey.cluster_name,
+        survey.cluster_id,
+        survey.node_name,
+        survey.node_id,
+        survey.revision,
+        survey.last_index,
+        survey.committed_index
+    );
+    let mut dropped = String::new();
+    for member in &survey.dropped {
+        let role = if member.voter { "voter" } else { "learner" };
+        // Writing into a String does not fail.
+        let _ = writeln!(dropped, "  {} ({role}, {})", member.name, member.api_address);
+    }
+    if dropped.is_empty() {
+        dropped.push_str("  nobody: this node was alone\n");
+    }
+    let _ = write!(
+        text,
+        "dropped members:\n{dropped}\n\
+         LOST: everything that the others had committed and this node had not received; the history.\n\
+         THE MACHINES OF THE DROPPED MEMBERS MUST BE OFF AND STAY OFF until they are emptied and join\n\
+         anew: the new cluster cannot see what runs there, and two VMs on one disk destroy it.\n\
+         This node becomes the first of a new cluster, with a new id and a new CA. VMs of the dropped\n\
+         members, HA VMs and VMs that were migrating come back stopped, for a person to start; this\n\
+         node's own VMs without HA go on."
+    );
+    text
+}
+
+fn confirmed(survey: &Survey) -> bool {
+    if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
+        return false;
+    }
+    eprint!("\nType `{WORD}` to make {} a cluster of its own: ", survey.node_name);
+    let _ = std::io::stderr().flush();
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).is_ok() && line.trim() == WORD
+}
+
+fn done(recovered: &Recovered) -> String {
+    format!(
+        "cluster      {} ({})\nCA SHA-256   {} (new)\nkeys         {}\nVMs          {}\nold files    {}\nnext         start the agent; `clusterctl vm list`; `clusterctl cluster token create` for each node that joins anew; `clusterctl context create-admin` for each context",
+        recovered.cluster_name,
+        recovered.cluster_id,
+        recovered.ca_fingerprint,
+        recovered.restored.keys,
+        recovered.restored.vms,
+        recovered.kept.display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cluster::Member;
+    use proto::NodeId;
+
+    #[test]
+    fn it_says_what_is_lost_and_who_is_dropped() {
+        let member = |id, name: &str, voter| Member {
+            node_id: NodeId(id),
+            name: name.to_owned(),
+            api_address: format!("{name}:7400"),
+            enrol_address: String::new(),
+            voter,
+            zone: String::new(),
+            witness: false,
+        };
+        let survey = Survey {
+            cluster_name: "prod".to_owned(),
+            cluster_id: "c1".to_owned(),
+            node_id: NodeId(3),
+            node_name: "n3".to_owned(),
+            revision: 42,
+            last_index: 57,
+            committed_index: 55,
+            dropped: vec![member(1, "n1", true), member(2, "n2", false)],
+        };
+        let text = described(&survey);
+        for part in [
+            "revision     42",
+            "up to 57, known to be committed up to 55",
+            "  n1 (voter, n1:7400)\n  n2 (learner, n2:7400)\n",
+            "MUST BE OFF",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let alone = Survey { dropped: Vec::new(), ..survey };
+        assert!(described(&alone).contains("nobody"), "{}", described(&alone));
+    }
+}
