@@ -243,7 +243,10 @@ impl Membership for MembershipService {
         };
         let pieces = node.cluster().backup(consistency).await?;
         tracing::warn!(user = %caller.user, "a backup of the configuration, secrets included, is taken");
-        let chunks = pieces.map(|piece| Ok(BackupChunk { data: piece? }));
+        let chunks = pieces.map(|piece| match piece {
+            Ok(data) => Ok(BackupChunk { data }),
+            Err(error) => Err(Status::from(error)),
+        });
         Ok(Response::new(chunks.boxed()))
     }
 
