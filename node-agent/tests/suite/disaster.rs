@@ -66,8 +66,7 @@ async fn a_restored_cluster_has_the_vms_and_starts_none_by_itself() {
     assert!(after.message.contains("old cluster"), "{}", after.message);
     let status = membership.status(ClusterStatusRequest {}).await.unwrap().into_inner();
     assert_ne!(status.cluster_id, restored.from_cluster_id);
-    let names: Vec<_> =
-        status.members.into_iter().filter_map(|of| Some(of.member?.name)).collect();
+    let names: Vec<_> = status.members.into_iter().filter_map(|of| Some(of.member?.name)).collect();
     assert_eq!(names, ["r1"]);
     // Its image and its disk are still its own.
     let taken = new.create(&WEB.replace("\"web\"", "\"other\"")).await.unwrap_err();
