@@ -6,10 +6,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::record::{MemberVerification, VerificationOutcome, VerificationRecord};
 use proto::{keys, v1};
+use tokio::time::Instant;
 
 use crate::consensus::{Checked, Checksum, Forward, Forwarded};
 use crate::machine::{Read, Record, Reply, Table, decode};

@@ -110,16 +110,17 @@ impl Checksums {
         if !slot {
             return;
         }
-        let (me, db) = (self.clone(), db.clone());
+        let me = self.clone();
         let (tell, taken) = tokio::sync::oneshot::channel();
-        tokio::task::spawn_blocking(move || {
-            let computed = db.view(|view| {
+        let reading = db.clone();
+        db.host().blocking(Box::new(move || {
+            let computed = reading.view(|view| {
                 // Nobody waits any more where Raft is ending.
                 let _ = tell.send(());
-                compute(view, &|| db.is_closing())
+                compute(view, &|| reading.is_closing())
             });
             me.end(index, computed);
-        });
+        }));
         // An error: the database is closed, there was no view to take.
         let _ = taken.await;
     }
@@ -173,13 +174,14 @@ fn compute(view: &View<'_>, ended: &dyn Fn() -> bool) -> io::Result<Checksum> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::ThisHost;
     use crate::storage::FolderLock;
 
     type Outcome = Result<(), Box<dyn std::error::Error>>;
 
     fn sum(rows: &[(Table, &[u8], &[u8])]) -> Result<Checksum, Box<dyn std::error::Error>> {
         let folder = tempfile::tempdir()?;
-        let db = Db::create(folder.path(), FolderLock::take(folder.path())?)?;
+        let db = Db::create(folder.path(), FolderLock::take(folder.path())?, Arc::new(ThisHost))?;
         db.write(|batch| {
             rows.iter().try_for_each(|(table, key, value)| batch.set(*table, key, Some(value)))
         })?;
@@ -207,7 +209,7 @@ mod tests {
     #[test]
     fn it_ends_when_the_database_is_to_be_closed() -> Outcome {
         let folder = tempfile::tempdir()?;
-        let db = Db::create(folder.path(), FolderLock::take(folder.path())?)?;
+        let db = Db::create(folder.path(), FolderLock::take(folder.path())?, Arc::new(ThisHost))?;
         db.write(|batch| batch.set(Table::Data, b"a", Some(b"1")))?;
         let computed = db.view(|view| compute(view, &|| true));
         assert!(computed.is_err_and(|error| error.to_string().contains("closed")));
