@@ -70,6 +70,9 @@ impl Sending<'_> {
     fn send(&self, piece: Piece) -> io::Result<()> {
         let begin = Instant::now();
         loop {
+            if self.node.alive().is_err() {
+                return Err(io::Error::other("the node is ending"));
+            }
             let room = async { tokio::time::timeout(LOOK, self.pieces.reserve()).await };
             match self.runtime.block_on(room) {
                 Ok(Ok(room)) => {
@@ -77,9 +80,6 @@ impl Sending<'_> {
                     return Ok(());
                 }
                 Ok(Err(_)) => return Err(io::Error::other("the other side hung up")),
-                Err(_) if self.node.alive().is_err() => {
-                    return Err(io::Error::other("the node is ending"));
-                }
                 Err(_) if begin.elapsed() >= STALLED => {
                     return Err(io::Error::other("the other side takes nothing"));
                 }

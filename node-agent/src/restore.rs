@@ -44,8 +44,11 @@ fn nameless(folder: &Path) -> std::io::Result<File> {
     }
     let mut options = File::options();
     let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    std::fs::remove_file(&path)?;
-    Ok(file)
+    match std::fs::remove_file(&path) {
+        // Another restore that begins at the same moment took it for such a remainder.
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(file),
+    }
 }
 
 #[cfg(test)]

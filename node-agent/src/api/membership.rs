@@ -237,6 +237,12 @@ impl Membership for MembershipService {
         request: Request<BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        // What is under `priv/` is for root alone, and no other call shows it.
+        if !matches!(peer(&request), Some(PeerIdentity::LocalRoot)) {
+            return Err(Status::permission_denied(
+                "a backup holds the secrets under priv/: it is taken by root on a node, over its local socket",
+            ));
+        }
         let consistency = match request.into_inner().stale {
             true => Consistency::Stale,
             false => Consistency::Linearizable,

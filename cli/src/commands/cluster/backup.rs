@@ -23,8 +23,8 @@ It holds all documents, which VMs there are, and the secrets under priv/, at one
 while the cluster works. It does not hold the history, disk images, the cluster's CA, nodes, join
 tokens: a cluster that is restored from it makes a CA of its own.
 
-The file has secrets in it: it is made for its owner alone (mode 0600); keep it as such. Its
-checksums show damage, not forgery.
+The file has secrets in it: root takes it, on a node (over its local socket), and it is made for its
+owner alone (mode 0600); keep it as such. Its checksums show damage, not forgery.
 
 Examples:
   clusterctl cluster backup /backup/prod-$(date +%F).hfb
