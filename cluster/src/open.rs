@@ -14,7 +14,7 @@ use crate::identity::{Ca, Identity, NodeIdentity, request};
 use crate::node::{self, Node};
 use crate::storage::{Db, FolderLock};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
-use crate::{membership, restore};
+use crate::{membership, recover, restore};
 
 /// What a data folder turned out to be.
 #[derive(Debug)]
@@ -45,6 +45,12 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
         return Err(OpenError::Removed { path: folder.clone() });
     }
     let Some(identity) = Identity::load(folder)? else {
+        if recover::is_interrupted(folder) {
+            return Err(OpenError::Unusable {
+                path: folder.clone(),
+                detail: "a recovery was interrupted while its files were exchanged; run `node-agent recover` again: it goes on from there".to_owned(),
+            });
+        }
         return Ok(Opened::Fresh(Uninitialized {
             config: Box::new(config),
             lock: Mutex::new(Some(lock)),

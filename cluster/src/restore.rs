@@ -10,13 +10,14 @@
 //! Invariant: the whole file is read and checked before anything is written; until the node's
 //! identity is written, last of all, the folder is that of no member.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::sync::Arc;
 
 use proto::backup::{BackupError, Header, Reader, Row, Summary, is_kept};
 use proto::record::{DiskClaim, Phase, Placement, Requested};
-use proto::{Generation, InvalidName, Name, NodeId, keys};
+use proto::{Generation, InvalidName, Name, NodeId, VmId, keys};
 use tokio::sync::mpsc;
 
 use crate::machine::{VALUE_MAX, valid_key};
@@ -59,7 +60,7 @@ pub enum RestoreError {
     Backup(#[from] BackupError),
     /// It is whole, and something in it cannot be.
     #[error(
-        "the backup holds something that cannot be restored: `{key}`: {why}; nothing was changed"
+        "the backup holds something that cannot be restored: {key:?}: {why}; nothing was changed"
     )]
     Content {
         /// Which key.
@@ -118,21 +119,40 @@ pub(crate) struct Checked {
     pub(crate) restored: Restored,
 }
 
+/// The node whose own state a backup is.
+#[derive(Debug)]
+pub(crate) struct Own {
+    /// What its id was in the old cluster.
+    pub(crate) id: NodeId,
+    /// The VMs that a majority is known to have left to it, by their placement's key.
+    pub(crate) settled: BTreeMap<String, VmId>,
+}
+
+impl Own {
+    /// Whether a VM is surely this node's, and goes on there as it is. One with HA is not: while
+    /// the node was cut off, the others started it elsewhere. One that was migrating may be with
+    /// its target. What the node's log says beyond what was agreed to counts only against it.
+    fn runs(&self, key: &str, placement: &Placement) -> bool {
+        runs_on(placement, self.id) && self.settled.get(key) == Some(&placement.vm_id)
+    }
+}
+
 /// Who owns the VMs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Owners {
     /// The node that a cluster is made of.
     new: NodeId,
-    /// What its id was in the old cluster, where this is its own state.
-    survivor: Option<NodeId>,
+    /// Where this is its own state.
+    survivor: Option<Arc<Own>>,
 }
 
 impl Checked {
-    /// Reads it. `survivor`: the old id of the node whose own state it is.
-    pub(crate) async fn read(file: File, survivor: Option<NodeId>) -> Result<Self, RestoreError> {
-        let (file, owners) = (Arc::new(file), Owners { new: FIRST, survivor });
-        let reading = file.clone();
-        let read = tokio::task::spawn_blocking(move || check(&reading, owners));
+    /// Reads it. `survivor`: the node whose own state it is.
+    pub(crate) async fn read(file: File, survivor: Option<Own>) -> Result<Self, RestoreError> {
+        let owners = Owners { new: FIRST, survivor: survivor.map(Arc::new) };
+        let (reading, of) = (Arc::new(file), owners.clone());
+        let file = reading.clone();
+        let read = tokio::task::spawn_blocking(move || check(&reading, &of));
         let restored = read.await.map_err(io::Error::other)??;
         Ok(Self { file, owners, restored })
     }
@@ -140,8 +160,8 @@ impl Checked {
     /// Writes its rows into an empty cluster.
     pub(crate) async fn write(&self, node: &Node) -> Result<(), InitError> {
         let (batches, mut ready) = mpsc::channel::<Vec<Row>>(2);
-        let (file, owners) = (self.file.clone(), self.owners);
-        let reading = tokio::task::spawn_blocking(move || batched(&file, owners, &batches));
+        let (file, owners) = (self.file.clone(), self.owners.clone());
+        let reading = tokio::task::spawn_blocking(move || batched(&file, &owners, &batches));
         while let Some(batch) = ready.recv().await {
             let txn = batch
                 .into_iter()
@@ -175,7 +195,7 @@ fn read(
     Ok((header, summary))
 }
 
-fn check(file: &File, owners: Owners) -> Result<Restored, RestoreError> {
+fn check(file: &File, owners: &Owners) -> Result<Restored, RestoreError> {
     let (mut kept, mut vms) = (0, 0);
     let (header, _) = read(file, |row| {
         let key = row.0.clone();
@@ -195,7 +215,7 @@ fn check(file: &File, owners: Owners) -> Result<Restored, RestoreError> {
 
 fn batched(
     file: &File,
-    owners: Owners,
+    owners: &Owners,
     batches: &mpsc::Sender<Vec<Row>>,
 ) -> Result<(), RestoreError> {
     let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -219,15 +239,15 @@ fn batched(
 }
 
 /// A row as the new cluster has it; `None`: it does not.
-fn restored((key, value): Row, owners: Owners) -> Result<Option<Row>, String> {
+fn restored((key, value): Row, owners: &Owners) -> Result<Option<Row>, String> {
     if !is_kept(&key) {
         return Ok(None);
     }
     if let Some(name) = key.strip_prefix(keys::PLACEMENTS) {
         name.parse::<Name>().map_err(|error| error.to_string())?;
         let found: Placement = serde_json::from_slice(&value).map_err(|error| error.to_string())?;
-        let placement = match owners.survivor {
-            Some(survivor) if runs_on(&found, survivor) => Placement { owner: owners.new, ..found },
+        let placement = match &owners.survivor {
+            Some(own) if own.runs(&key, &found) => Placement { owner: owners.new, ..found },
             _ => at_rest(found, owners.new)?,
         };
         let value = to_json(&placement).map_err(|error| error.to_string())?;
@@ -239,12 +259,10 @@ fn restored((key, value): Row, owners: Owners) -> Result<Option<Row>, String> {
     Ok(Some((key, value)))
 }
 
-/// Whether a VM is surely the survivor's own, and goes on there as it is. One with HA is not: while
-/// the survivor was cut off, the others started it elsewhere. One that was migrating may be with
-/// its target.
-fn runs_on(placement: &Placement, survivor: NodeId) -> bool {
+/// Whether a placement leaves a VM to a node, and nobody else may have it.
+pub(crate) fn runs_on(placement: &Placement, node: NodeId) -> bool {
     let moving = matches!(placement.phase, Phase::Migrating { .. });
-    placement.owner == survivor && !placement.ha && !moving
+    placement.owner == node && !placement.ha && !moving
 }
 
 fn at_rest(mut placement: Placement, owner: NodeId) -> Result<Placement, String> {

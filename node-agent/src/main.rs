@@ -28,15 +28,15 @@ enum Command {
     },
     /// Make this node, the survivor of a lost majority, a cluster again; its agent must be stopped
     #[command(
-        after_help = "It says what is lost and asks, before it changes anything. It is refused while another\nmember of the cluster answers.\n\nExamples:\n  systemctl stop holdfast-node-agent && node-agent recover && systemctl start holdfast-node-agent"
+        after_help = "It says what is lost and asks, before it changes anything. It is refused while another\nmember of the cluster answers. Run again after an interruption, it finishes what it began.\n\nExamples:\n  systemctl stop holdfast-node-agent\n  node-agent recover\n  node-agent recover --confirm prod/node3\n  systemctl start holdfast-node-agent"
     )]
     Recover {
         /// The new cluster's name; the old one's where absent
         #[arg(long, default_value = "", hide_default_value = true)]
         name: String,
         /// The machines of all other members are off and stay off: do not ask
-        #[arg(long)]
-        yes_i_understand: bool,
+        #[arg(long, value_name = "CLUSTER/NODE")]
+        confirm: Option<String>,
         #[command(flatten)]
         flags: Box<Flags>,
     },
@@ -46,8 +46,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.command {
         Some(Command::Vm { launch }) => node_agent::vm_process::main(&launch),
-        Some(Command::Recover { name, yes_i_understand, flags }) => {
-            run(&flags, |config| node_agent::recover::run(config, &name, yes_i_understand))
+        Some(Command::Recover { name, confirm, flags }) => {
+            run(&flags, |config| node_agent::recover::run(config, &name, confirm.as_deref()))
         }
         None => run(&arguments.flags, node_agent::agent::run),
     }

@@ -4,27 +4,32 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 
-use cluster::{Recovered, Survey, Survivor};
+use cluster::{Recovered, Survey, Survivor, finish_recovery};
 
 use crate::agent::{cluster_config, lock_run_folder};
 use crate::config::Config;
 
-/// What a person types to go on.
-const WORD: &str = "recover";
-
-/// Looks, says what is lost, asks, recovers.
+/// Looks, says what is lost, asks, recovers. `confirm`: what a person would type.
 ///
 /// # Errors
 /// Nothing was changed, or the error says what was.
-pub async fn run(config: Config, name: &str, yes: bool) -> anyhow::Result<()> {
+pub async fn run(config: Config, name: &str, confirm: Option<&str>) -> anyhow::Result<()> {
     // The agent that runs has it, and the data folder too.
     let _agent = lock_run_folder(&config.run_dir)?;
+    if let Some(kept) = finish_recovery(&config.data_dir)? {
+        println!(
+            "a recovery that was interrupted is finished; the old files are in {}; start the agent",
+            kept.display()
+        );
+        return Ok(());
+    }
     let survivor = Survivor::find(cluster_config(&config)).await?;
+    let word = word(survivor.survey());
     eprintln!("{}", described(survivor.survey()));
-    if !yes && !confirmed(survivor.survey()) {
-        survivor.give_up();
+    let typed = confirm.map(str::to_owned).or_else(|| ask(&word)).unwrap_or_default();
+    if typed != word {
         anyhow::bail!(
-            "not confirmed, nothing was changed: type `{WORD}` on a terminal, or give --yes-i-understand"
+            "not confirmed, nothing was changed: type `{word}` on a terminal, or give --confirm {word}"
         );
     }
     let recovered = survivor.recover(name).await?;
@@ -44,6 +49,11 @@ fn described(survey: &Survey) -> String {
         survey.last_index,
         survey.committed_index
     );
+    if survey.lost_tail {
+        text.push_str(
+            "POWER LOSS   what this machine had not written to its disk is lost as well\n",
+        );
+    }
     let mut dropped = String::new();
     for member in &survey.dropped {
         let role = if member.voter { "voter" } else { "learner" };
@@ -60,20 +70,28 @@ fn described(survey: &Survey) -> String {
          THE MACHINES OF THE DROPPED MEMBERS MUST BE OFF AND STAY OFF until they are emptied and join\n\
          anew: the new cluster cannot see what runs there, and two VMs on one disk destroy it.\n\
          This node becomes the first of a new cluster, with a new id and a new CA. VMs of the dropped\n\
-         members, HA VMs and VMs that were migrating come back stopped, for a person to start; this\n\
-         node's own VMs without HA go on."
+         members, HA VMs and VMs that were migrating or changed hands last come back stopped, for a\n\
+         person to start; this node's own VMs without HA go on."
     );
     text
 }
 
-fn confirmed(survey: &Survey) -> bool {
+/// What a person types to go on: it says which node becomes which cluster, so that neither a habit
+/// nor a script that was meant for another machine does it.
+fn word(survey: &Survey) -> String {
+    format!("{}/{}", survey.cluster_name, survey.node_name)
+}
+
+/// What was typed; `None` where there is no terminal to ask on.
+fn ask(word: &str) -> Option<String> {
     if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
-        return false;
+        return None;
     }
-    eprint!("\nType `{WORD}` to make {} a cluster of its own: ", survey.node_name);
+    eprint!("\nType `{word}`, the cluster's and this node's name, to go on: ");
     let _ = std::io::stderr().flush();
     let mut line = String::new();
-    std::io::stdin().read_line(&mut line).is_ok() && line.trim() == WORD
+    std::io::stdin().read_line(&mut line).ok()?;
+    Some(line.trim().to_owned())
 }
 
 fn done(recovered: &Recovered) -> String {
@@ -113,6 +131,7 @@ mod tests {
             revision: 42,
             last_index: 57,
             committed_index: 55,
+            lost_tail: false,
             dropped: vec![member(1, "n1", true), member(2, "n2", false)],
         };
         let text = described(&survey);
@@ -124,7 +143,10 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        let alone = Survey { dropped: Vec::new(), ..survey };
-        assert!(described(&alone).contains("nobody"), "{}", described(&alone));
+        assert!(!text.contains("POWER LOSS"), "{text}");
+        assert_eq!(word(&survey), "prod/n3");
+        let alone = Survey { dropped: Vec::new(), lost_tail: true, ..survey };
+        let text = described(&alone);
+        assert!(text.contains("nobody") && text.contains("POWER LOSS"), "{text}");
     }
 }

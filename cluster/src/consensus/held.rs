@@ -27,6 +27,18 @@ pub(crate) struct Held {
 /// Applies the whole log, in memory. Raft's own rule is to apply what is committed; here nobody is
 /// left to commit the rest, and some of it may have been: a follower learns late.
 pub(crate) fn held<'a, 'v>(view: &'v View<'a>) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
+    apply_until(view, u64::MAX)
+}
+
+/// The state of which it is known here that a majority agreed to it.
+pub(crate) fn settled<'a, 'v>(view: &'v View<'a>) -> io::Result<Overlay<'v, View<'a>>> {
+    Ok(apply_until(view, committed(view)?)?.1)
+}
+
+fn apply_until<'a, 'v>(
+    view: &'v View<'a>,
+    until: u64,
+) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
     let applied = applied(view)?.map(|id| id.index);
     let mut members = membership(view)?.membership().clone();
     let mut state = Overlay::new(view);
@@ -37,6 +49,9 @@ pub(crate) fn held<'a, 'v>(view: &'v View<'a>) -> io::Result<(Held, Overlay<'v, 
         let index = entry.log_id.index;
         if index != next {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the log has a gap"));
+        }
+        if index > until {
+            break;
         }
         next = index.saturating_add(1);
         match entry.payload {

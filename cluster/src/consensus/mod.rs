@@ -21,7 +21,7 @@ mod suite_tests;
 
 pub(crate) use change::Seen;
 pub(crate) use checksum::{Checked, Checksum};
-pub(crate) use held::{Held, held};
+pub(crate) use held::{Held, held, settled};
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
 pub(crate) use network::{Network, Peers, REMOVED, ask};

@@ -1,7 +1,9 @@
 //! One survivor becomes a cluster again: what it keeps, when it is refused, and that the old
 //! cluster and the new one stay strangers.
 
-use cluster::{Cluster, Consistency, OpenError, RecoverError, Survivor, Txn};
+use std::os::unix::fs::PermissionsExt;
+
+use cluster::{Cluster, Consistency, OpenError, RecoverError, Recovered, Survivor, Txn};
 use proto::record::{Phase, Placement, Requested};
 use proto::{Generation, Name, NodeId, VmId, keys};
 
@@ -31,13 +33,21 @@ async fn placement(cluster: &Cluster, vm: &str) -> Outcome<Placement> {
 }
 
 fn find(node: &TestNode) -> Outcome<Result<Survivor, RecoverError>> {
+    if !node.is_running() {
+        node.wait_closed();
+    }
     Ok(tokio::runtime::Runtime::new()?.block_on(Survivor::find(node.config.clone())))
 }
 
-fn recover(node: &TestNode) -> Outcome<cluster::Recovered> {
+fn try_recover(node: &TestNode) -> Outcome<Result<Recovered, RecoverError>> {
     let runtime = tokio::runtime::Runtime::new()?;
     let config = node.config.clone();
-    Ok(runtime.block_on(async { Survivor::find(config).await?.recover("").await })?)
+    node.wait_closed();
+    Ok(runtime.block_on(async { Survivor::find(config).await?.recover("").await }))
+}
+
+fn recover(node: &TestNode) -> Outcome<Recovered> {
+    Ok(try_recover(node)??)
 }
 
 #[test]
@@ -60,24 +70,35 @@ fn a_survivor_goes_on_alone_and_the_old_majority_stays_another_cluster() -> Outc
     assert!(matches!(find(&lab.nodes[2])?, Err(RecoverError::Open(OpenError::InUse { .. }))));
     lab.nodes[2].stop();
     // Even one that answers is one too many.
-    let refused = find(&lab.nodes[2])?.map(Survivor::give_up);
+    let refused = find(&lab.nodes[2])?.map(drop);
     assert!(matches!(&refused, Err(RecoverError::Answers(who)) if who == "n1, n2"), "{refused:?}");
     lab.nodes[0].kill();
-    let refused = find(&lab.nodes[2])?.map(Survivor::give_up);
+    let refused = find(&lab.nodes[2])?.map(drop);
     assert!(matches!(&refused, Err(RecoverError::Answers(who)) if who == "n2"), "{refused:?}");
     lab.nodes[1].kill();
 
     // To look changes nothing.
     let survivor = find(&lab.nodes[2])??;
     let survey = survivor.survey().clone();
-    survivor.give_up();
+    drop(survivor);
     assert_eq!((survey.node_id, survey.node_name.as_str()), (NodeId(3), "n3"));
     assert!(survey.revision >= written.0 && survey.last_index >= survey.committed_index);
     let dropped: Vec<_> = survey.dropped.iter().map(|member| member.name.as_str()).collect();
     assert_eq!(dropped, ["n1", "n2"]);
 
-    let recovered = recover(&lab.nodes[2])?;
+    // A folder that is in the way, and one that an interruption left.
+    let node = &lab.nodes[2];
+    let kept = node.folder.join(format!("before-recover-{old_id}"));
+    std::fs::create_dir(&kept)?;
+    let refused = try_recover(node)?.map(drop);
+    assert!(matches!(&refused, Err(RecoverError::Kept(path)) if *path == kept), "{refused:?}");
+    std::fs::remove_dir(&kept)?;
+    std::fs::create_dir_all(node.folder.join("recovered/db"))?;
+    let recovered = recover(node)?;
     assert_ne!(recovered.cluster_id, old_id);
+    let mode = std::fs::metadata(node.folder.join("recover.hfb"))?.permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(!node.folder.join("recover.hfb.tmp").exists());
     assert_eq!(recovered.restored.vms, 4);
     assert!(recovered.kept.join("db").exists() && recovered.kept.join("identity.json").exists());
     lab.nodes[2].start()?;
@@ -157,6 +178,16 @@ fn what_was_acknowledged_and_reached_the_survivor_is_kept() -> Outcome {
         }
         Outcome::Ok(())
     })??;
+    // Interrupted in the middle it would be that of no member: no agent may begin anew there.
+    let node = &mut lab.nodes[survivor];
+    node.stop();
+    std::fs::create_dir(node.folder.join("recovered"))?;
+    let (there, made) = (node.folder.join("identity.json"), node.folder.join("recovered"));
+    std::fs::rename(&there, made.join("identity.json"))?;
+    let refused = node.start().map_err(|error| error.to_string());
+    assert!(refused.is_err_and(|text| text.contains("run `node-agent recover` again")));
+    assert!(cluster::finish_recovery(&node.folder)?.is_some() && !made.exists());
+    node.start()?;
     // A folder of no member, and one that is recovered twice.
     let fresh = TestNode::new(lab.folder(), "fresh")?;
     assert!(matches!(find(&fresh)?, Err(RecoverError::NoMember(_))));
@@ -165,4 +196,37 @@ fn what_was_acknowledged_and_reached_the_survivor_is_kept() -> Outcome {
     assert_ne!(again.cluster_id, recovered.cluster_id);
     assert_eq!(again.restored.keys, recovered.restored.keys);
     Ok(())
+}
+
+#[test]
+fn what_was_not_agreed_to_gives_the_survivor_no_vm() -> Outcome {
+    let mut lab = Lab::new(3)?;
+    let leader = lab.leader()?;
+    let me = lab.nodes[leader].cluster()?.node_id().0;
+    let put = |name: &str, vm: &Placement| -> Outcome<Txn> {
+        Ok(Txn::new().put(keys::placement(&name.parse()?), serde_json::to_vec(vm)?))
+    };
+    let (mine, theirs) = (vm(me, false, Phase::Started), vm(me + 1, false, Phase::Started));
+    for txn in [put("own", &mine)?, put("taken", &theirs)?, Txn::new().put("last", "1")] {
+        lab.nodes[leader].run(|c| async move { c.txn(txn).await })??;
+    }
+    // The migration's commit reaches only the log of the one that is left.
+    for other in (0..3).filter(|other| *other != leader) {
+        lab.nodes[other].kill();
+    }
+    let commit = put("taken", &mine)?;
+    let lost = lab.nodes[leader].run(|c| async move { c.txn(commit).await })?;
+    assert!(lost.is_err(), "{lost:?}");
+    lab.nodes[leader].stop();
+    let recovered = recover(&lab.nodes[leader])?;
+    assert_eq!(recovered.restored.vms, 2);
+    lab.nodes[leader].start()?;
+    lab.nodes[leader].run(|c| async move {
+        let own = placement(&c, "own").await?;
+        assert_eq!((own.generation, own.phase), (Generation(7), Phase::Started));
+        let taken = placement(&c, "taken").await?;
+        assert_eq!((taken.phase, taken.requested), (Phase::Stopped, Requested::Stopped));
+        assert!(taken.generation > Generation(100_000), "{taken:?}");
+        Outcome::Ok(())
+    })?
 }

@@ -1,11 +1,11 @@
-//! Backup and restore through whole agents: what a VM of the old cluster is in the new one, and who
-//! may restore.
+//! Backup, restore and recovery through whole agents: what a VM of the old cluster is in the new one,
+//! who may take a backup or restore one, and what it takes to recover.
 
 use crate::rig::Rig;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::{
-    BackupRequest, ClusterStatusRequest, RestoreNames, RestoreRequest, RestoreResponse,
-    VerifyRequest,
+    BackupRequest, ClusterStatusRequest, CreateVmRequest, RestoreNames, RestoreRequest,
+    RestoreResponse, VerifyRequest,
 };
 use tonic::{Code, Status};
 
@@ -73,4 +73,65 @@ async fn a_restored_cluster_has_the_vms_and_starts_none_by_itself() {
     assert!(taken.message().contains("web"), "{taken}");
     old.agent.end().await;
     new.agent.end().await;
+}
+
+/// A recovery that must be refused, and change nothing.
+async fn refused(rig: &Rig, confirm: Option<&str>, why: &str) {
+    let error = node_agent::recover::run(rig.config.clone(), "", confirm).await.unwrap_err();
+    let text = format!("{error:#}");
+    assert!(text.contains(why), "{text}");
+    let names = std::fs::read_dir(&rig.config.data_dir).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let made: Vec<_> = names.filter(|name| name.contains("recover")).collect();
+    assert_eq!(made, [""; 0], "after {why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_survivor_is_recovered_only_alone_and_by_its_name_and_starts_no_vm_of_others() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let lost = Rig::new(dir.path()).await;
+    lost.init("n1").await;
+    lost.online(1).await;
+    let survivor = Rig::new(other.path()).await;
+    survivor.join(&lost, "n2").await;
+    lost.online(2).await;
+    lost.pool("shared", "shared-dir", &dir.path().join("shared")).await;
+    lost.image("shared", "vmlinuz", "kernel", b"\x7fELF".to_vec()).await;
+    let own = WEB.replace("\"web\"", "\"own\"").replace("web.raw", "own.raw");
+    let own = own.replace("[ha]\nenabled = true\n", "");
+    for (node, document) in [("n1", WEB), ("n2", &own)] {
+        let document = document.to_owned();
+        let request = CreateVmRequest { document, node: node.into(), ..CreateVmRequest::default() };
+        lost.vm_client().create(request).await.unwrap();
+    }
+    let (theirs, own) = (lost.vm("web").await, lost.vm("own").await);
+    assert_eq!((theirs.node.as_str(), own.node.as_str()), ("n1", "n2"));
+
+    let confirm = Some("test/n2");
+    refused(&survivor, confirm, "in use by another node-agent").await;
+    survivor.agent.end().await;
+    refused(&survivor, confirm, "n1 of the old cluster still answers").await;
+    lost.agent.end().await;
+    for confirm in [None, Some("recover"), Some("test/n1"), Some("n2"), Some("")] {
+        refused(&survivor, confirm, "--confirm test/n2").await;
+    }
+    node_agent::recover::run(survivor.config.clone(), "", confirm).await.unwrap();
+
+    let survivor = Rig::with(survivor.config.clone()).await;
+    survivor.online(1).await;
+    let (theirs_now, own_now) = (survivor.vm("web").await, survivor.vm("own").await);
+    assert_eq!((theirs_now.phase.as_str(), theirs_now.node.as_str()), ("stopped", "n2"));
+    assert!(theirs_now.generation > theirs.generation + 100_000, "{}", theirs_now.generation);
+    assert_eq!((own_now.generation, own_now.node.as_str()), (own.generation, "n2"));
+    let mut membership = MembershipClient::new(survivor.channel.clone());
+    let status = membership.status(ClusterStatusRequest {}).await.unwrap().into_inner();
+    let names: Vec<_> = status.members.into_iter().filter_map(|of| Some(of.member?.name)).collect();
+    assert_eq!((names, status.quorum), (vec!["n2".to_owned()], true));
+    // What was lost comes back: it is alone in the old cluster, and has no quorum there.
+    let lost = Rig::with(lost.config.clone()).await;
+    let mut membership = MembershipClient::new(lost.channel.clone());
+    let old = membership.status(ClusterStatusRequest {}).await.unwrap().into_inner();
+    assert!(!old.quorum && old.cluster_id != status.cluster_id, "{old:?}");
+    survivor.agent.end().await;
+    lost.agent.end().await;
 }
