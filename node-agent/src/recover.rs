@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 
+use anyhow::Context as _;
 use cluster::{Recovered, Survey, Survivor, finish_recovery};
 
 use crate::agent::{cluster_config, lock_run_folder};
@@ -15,7 +16,8 @@ use crate::config::Config;
 /// Nothing was changed, or the error says what was.
 pub async fn run(config: Config, name: &str, confirm: Option<&str>) -> anyhow::Result<()> {
     // The agent that runs has it, and the data folder too.
-    let _agent = lock_run_folder(&config.run_dir)?;
+    let _agent =
+        lock_run_folder(&config.run_dir).context("this node's agent must be stopped first")?;
     if let Some(kept) = finish_recovery(&config.data_dir)? {
         println!(
             "a recovery that was interrupted is finished; the old files are in {}; start the agent",
