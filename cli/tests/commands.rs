@@ -276,3 +276,46 @@ fn no_agent_is_a_clear_refusal() {
     assert_eq!(run(&["version"]).exit, Some(0));
     assert!(run(&["completion", "bash"]).stdout.contains("_clusterctl"));
 }
+
+#[test]
+fn copies_that_differ_are_a_failure_that_names_the_node() {
+    let mock = Mock::start();
+    let member = |node: &str, outcome: &str, detail: &str| proto::v1::MemberVerification {
+        node: node.to_owned(),
+        outcome: outcome.to_owned(),
+        detail: detail.to_owned(),
+        checksum: "0123456789abcdef0123".to_owned(),
+        ..proto::v1::MemberVerification::default()
+    };
+    let same = vec![member("node1", "same", ""), member("node2", "same", "")];
+    let found = |members, differs, summary: &str| proto::v1::Verification {
+        revision: 42,
+        log_index: 57,
+        members,
+        differs,
+        summary: summary.to_owned(),
+        ..proto::v1::Verification::default()
+    };
+    let set = |found| *mock.agent.0.verification.lock().unwrap() = found;
+    set(found(same.clone(), false, "2 of 2 copies are the same"));
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("node2  same  0123456789abcdef  -"), "{ran:?}");
+    assert!(ran.stdout.contains("revision 42, log index 57: 2 of 2"), "{ran:?}");
+
+    let mut members = same;
+    members.push(member("node3", "differs", "its data differ"));
+    set(found(members.clone(), true, "THE COPIES DIFFER: node3 (its data differ)"));
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stderr.contains("node3 (its data differ)"), "{ran:?}");
+    let json = mock.run(&["-o", "json", "cluster", "verify"]);
+    assert_eq!(json.exit, Some(1));
+    assert!(json.stdout.contains(r#""outcome": "differs""#), "{json:?}");
+
+    members[2].outcome = "unknown".to_owned();
+    set(found(members, false, "2 of 3 copies are the same; not compared: node3 (it is off)"));
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stderr.contains("not every copy was compared"), "{ran:?}");
+}

@@ -20,7 +20,7 @@ use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
     RangeResult, ReadAtError, Retention, StoreError, Txn, TxnOutcome, WatchBatch, WatchError,
-    membership, removal, rename,
+    backup, membership, removal, rename, verify,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -256,6 +256,24 @@ impl Cluster {
     /// What `cluster status` shows; `quorum` is confirmed for this answer.
     pub async fn status(&self) -> v1::ClusterStatus {
         membership::status(&self.node).await
+    }
+    /// Has all members compute a checksum of their copies at one place of the log, and compares.
+    ///
+    /// # Errors
+    /// [`StoreError`]: there is no quorum to begin it with.
+    pub async fn verify(&self) -> Result<v1::Verification, StoreError> {
+        verify::verify(&self.node).await.map(verify::to_api)
+    }
+    /// The bytes of a backup ([`proto::backup`]) of the present state, piece by piece, while writes
+    /// go on. Memory does not grow with the state; a reader that is too slow is given up.
+    ///
+    /// # Errors
+    /// [`StoreError`]; two backups at once are sent by one node at most.
+    pub async fn backup(
+        &self,
+        consistency: Consistency,
+    ) -> Result<BoxStream<'static, Result<Vec<u8>, StoreError>>, StoreError> {
+        backup::backup(&self.node, consistency).await
     }
     /// A one-time join token. 0: valid for an hour.
     ///

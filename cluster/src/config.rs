@@ -31,6 +31,8 @@ pub struct ClusterConfig {
     pub min_free_bytes: u64,
     /// How much history stays readable.
     pub retention: Retention,
+    /// How often the leader has all members' copies compared.
+    pub verify_every: Duration,
     /// How much there may be of everything.
     pub limits: Limits,
     /// Log entries between two snapshots.
@@ -56,6 +58,7 @@ impl ClusterConfig {
             request_timeout: Duration::from_secs(5),
             min_free_bytes: 32 << 20,
             retention: Retention::default(),
+            verify_every: Duration::from_secs(3600),
             limits: Limits::default(),
             snapshot_every: 20_000,
             snapshot_keep: 5_000,

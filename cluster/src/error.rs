@@ -68,6 +68,9 @@ pub enum StoreError {
         /// How often it may ask.
         per_s: u32,
     },
+    /// This node does as much of it as it can.
+    #[error("this node is busy: {0}")]
+    Busy(String),
     /// A key under `priv/`.
     #[error("`{0}` is private to the cluster's agents and can be neither read nor written here")]
     Private(String),

@@ -15,6 +15,7 @@
 //! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
 //! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
 
+mod backup;
 mod cluster;
 mod config;
 mod consensus;
@@ -27,14 +28,17 @@ mod machine;
 mod membership;
 mod node;
 mod open;
+mod recover;
 mod removal;
 mod rename;
+mod restore;
 mod service;
 mod status;
 mod storage;
 pub mod tls;
 pub mod tree;
 mod types;
+mod verify;
 mod voters;
 
 pub use cluster::Cluster;
@@ -46,6 +50,8 @@ pub use error::{
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
+pub use recover::{RecoverError, Recovered, Survey, Survivor, finish_recovery};
+pub use restore::{RestoreError, Restored};
 pub use service::EnrolmentService;
 pub use types::{
     Change, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome,

@@ -390,6 +390,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
         // The agent knows what runs where.
         if_fails: Vec::new(),
+        verification: crate::verify::last(node),
     }
 }
 

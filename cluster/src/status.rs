@@ -15,7 +15,8 @@ impl From<&StoreError> for Status {
             StoreError::Forgotten { .. } => Self::out_of_range(text),
             StoreError::Invalid(_) | StoreError::TooLarge(_) => Self::invalid_argument(text),
             StoreError::Private(_) => Self::permission_denied(text),
-            StoreError::DiskFull { .. }
+            StoreError::Busy(_)
+            | StoreError::DiskFull { .. }
             | StoreError::NoSpace { .. }
             | StoreError::TooOften { .. } => Self::resource_exhausted(text),
             StoreError::Failed { .. } => Self::internal(text),

@@ -20,6 +20,15 @@ use tonic::{Request, Response, Status, Streaming};
 type Answer<T> = Result<Response<T>, Status>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// How the stream of a backup goes on after what was set.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum BackupEnd {
+    #[default]
+    Ends,
+    Breaks,
+    Stalls,
+}
+
 /// What happened to the agent.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
@@ -29,6 +38,10 @@ pub(crate) struct Seen {
     /// What the last import said of itself.
     pub(crate) header: std::sync::Mutex<v1::Image>,
     pub(crate) config: config::Store,
+    pub(crate) backup: std::sync::Mutex<(Vec<u8>, BackupEnd)>,
+    pub(crate) restored: std::sync::Mutex<Vec<u8>>,
+    /// What comparing the copies comes to.
+    pub(crate) verification: std::sync::Mutex<v1::Verification>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -297,6 +310,43 @@ impl v1::membership_server::Membership for Agent {
         _: Request<v1::TransferLeaderRequest>,
     ) -> Answer<v1::TransferLeaderResponse> {
         Ok(Response::new(v1::TransferLeaderResponse::default()))
+    }
+    async fn restore(
+        &self,
+        request: Request<Streaming<v1::RestoreRequest>>,
+    ) -> Answer<v1::RestoreResponse> {
+        let mut chunks = request.into_inner();
+        let first = chunks.message().await?.and_then(|first| first.names);
+        let names = first.ok_or_else(|| Status::invalid_argument("no names"))?;
+        if names.cluster_name == "member" {
+            return Err(Status::already_exists("this node already belongs to the cluster `lab`"));
+        }
+        while let Some(chunk) = chunks.message().await? {
+            self.0.restored.lock().unwrap().extend(chunk.data);
+        }
+        let cluster_name = names.cluster_name;
+        Ok(Response::new(v1::RestoreResponse {
+            cluster_name,
+            vms: 3,
+            ..v1::RestoreResponse::default()
+        }))
+    }
+    type BackupStream = Answers<v1::BackupChunk>;
+    /// What was set, and then the end, an error, or silence.
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Answer<Answers<v1::BackupChunk>> {
+        let (bytes, end) = self.0.backup.lock().unwrap().clone();
+        let pieces = bytes.chunks(1000).map(|data| Ok(v1::BackupChunk { data: data.to_vec() }));
+        let pieces = stream(pieces.collect());
+        Ok(Response::new(match end {
+            BackupEnd::Ends => pieces,
+            BackupEnd::Breaks => {
+                Box::pin(pieces.chain(stream(vec![Err(Status::internal("its disk failed"))])))
+            }
+            BackupEnd::Stalls => Box::pin(pieces.chain(tokio_stream::pending())),
+        }))
+    }
+    async fn verify(&self, _: Request<v1::VerifyRequest>) -> Answer<v1::Verification> {
+        Ok(Response::new(self.0.verification.lock().unwrap().clone()))
     }
     async fn issue_client(
         &self,

@@ -12,6 +12,7 @@ use proto::v1::{RaftMessage, SnapshotChunk};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::checksum::Checked;
 use super::network::{REMOVED, from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
@@ -43,6 +44,10 @@ pub(crate) enum Forward {
     Describe { id: u64, node: MemberNode },
     /// Change the label that people see.
     Rename { id: u64, name: String },
+    /// Have every member compute a checksum at one place of the log.
+    Check,
+    /// What came of that on the member that is asked, leader or not.
+    Checked { index: u64 },
 }
 
 /// What the leader answers.
@@ -74,6 +79,8 @@ pub(crate) enum Forwarded {
     Leader(u64),
     /// Not done, and trying again will not help: why.
     Refused(String),
+    /// A member's checksum.
+    Checked(Checked),
 }
 
 /// Serves Raft's messages.

@@ -1,5 +1,6 @@
 //! What a member does by itself, once a second: measure the disk, ask whether it is still a member,
-//! say where it is reached now; and as the leader: look after who votes, forget old history.
+//! say where it is reached now; and as the leader: look after who votes, forget old history, have
+//! the copies compared.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use tokio::time::Instant;
 use super::voting::Voting;
 use super::{Node, retention};
 use crate::consensus::lead;
-use crate::{Leadership, StoreError};
+use crate::{Leadership, StoreError, verify};
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -83,6 +84,7 @@ async fn each_second(node: Arc<Node>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut turn = 0;
     let mut voting = Voting::new(0);
+    let mut checks = verify::Turns::new();
     loop {
         ticks.tick().await;
         if node.alive().is_err() {
@@ -96,6 +98,7 @@ async fn each_second(node: Arc<Node>) {
             }
             voting.tend(&node).await;
             retention::keep(&node).await;
+            checks.tend(&node, node.metrics().current_term);
         } else {
             turn += 1;
             node.say_hello(turn).await;

@@ -26,6 +26,7 @@ use crate::storage::Db;
 use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
 pub(crate) use run::start;
+pub(crate) use write::unix_now_ms;
 
 /// The parts of a running member.
 pub(crate) struct Node {
@@ -53,6 +54,10 @@ pub(crate) struct Node {
     /// One permit for each watch that a client may have.
     watch_slots: Arc<tokio::sync::Semaphore>,
     rate: std::sync::Mutex<Rate>,
+    /// One permit for each backup that is being sent.
+    backup_slots: Arc<tokio::sync::Semaphore>,
+    /// One at a time asks for checksums.
+    check_turn: tokio::sync::Mutex<()>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
@@ -89,6 +94,9 @@ impl Node {
     }
     pub(crate) fn peers(&self) -> &Arc<Peers> {
         &self.peers
+    }
+    pub(crate) fn backup_slots(&self) -> &Arc<tokio::sync::Semaphore> {
+        &self.backup_slots
     }
     pub(crate) fn leadership(&self) -> watch::Receiver<Leadership> {
         self.leadership.subscribe()

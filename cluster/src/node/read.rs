@@ -16,7 +16,7 @@ pub(super) fn failed(error: std::io::Error) -> StoreError {
 
 impl Node {
     /// Waits until a read here is as fresh as asked.
-    pub(super) async fn ready(&self, consistency: Consistency) -> Result<(), StoreError> {
+    pub(crate) async fn ready(&self, consistency: Consistency) -> Result<(), StoreError> {
         self.alive()?;
         match consistency {
             Consistency::Stale if *self.recovered.borrow() => Ok(()),

@@ -61,6 +61,8 @@ pub(crate) async fn start(
         stopping: AtomicBool::new(false),
         watch_slots: Arc::new(Semaphore::new(config.limits.client_watches)),
         rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
+        backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
+        check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
         retention: Mutex::new(config.retention),
         config,

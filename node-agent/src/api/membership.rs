@@ -4,21 +4,24 @@
 use std::sync::Arc;
 
 use cluster::tls::{PeerIdentity, peer};
-use cluster::{InitError, JoinError};
+use cluster::{Consistency, InitError, JoinError, RestoreError};
+use futures::StreamExt as _;
+use proto::backup::BackupError;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
-    ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
-    InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse, NodeFailure,
-    RemoveNodeRequest, RemoveNodeResponse, TransferLeaderRequest, TransferLeaderResponse,
+    BackupChunk, BackupRequest, ClusterStatus, ClusterStatusRequest, CreateTokenRequest,
+    CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest, IssueClientResponse,
+    JoinRequest, JoinResponse, NodeFailure, RemoveNodeRequest, RemoveNodeResponse, RestoreRequest,
+    RestoreResponse, TransferLeaderRequest, TransferLeaderResponse, Verification, VerifyRequest,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
-use super::Api;
 use super::forward::{Caller, channel};
 use super::node::unknown;
+use super::{Answers, Api};
 use crate::ha::observe;
 use crate::node::Node;
 use crate::outlook::{Voice, outlook};
@@ -31,6 +34,8 @@ pub trait Former: Send + Sync + std::fmt::Debug {
     async fn init(&self, request: InitRequest) -> Result<InitResponse, Status>;
     /// `cluster join`.
     async fn join(&self, request: JoinRequest) -> Result<JoinResponse, Status>;
+    /// `cluster restore`.
+    async fn restore(&self, chunks: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status>;
 }
 
 /// The service: with a [`Former`] on the local socket, without one elsewhere.
@@ -48,6 +53,18 @@ pub(crate) fn init_status(error: &InitError) -> Status {
         InitError::Name(_) => Status::invalid_argument(text),
         InitError::Identity(_) | InitError::Open(_) => Status::internal(text),
         InitError::Store(error) => store_status(error),
+    }
+}
+
+/// The status of a failed `cluster restore`.
+#[must_use]
+pub(crate) fn restore_status(error: &RestoreError) -> Status {
+    let text = error.to_string();
+    match error {
+        RestoreError::Backup(BackupError::Version(_)) => Status::failed_precondition(text),
+        RestoreError::Backup(_) | RestoreError::Content { .. } => Status::invalid_argument(text),
+        RestoreError::Read(_) => Status::internal(text),
+        RestoreError::Init(error) => init_status(error),
     }
 }
 
@@ -193,6 +210,50 @@ impl Membership for MembershipService {
         let leader = node.cluster().transfer_leader(to).await?;
         tracing::info!(leader = %node.name_of(leader), user = %caller.user, "leadership moved");
         Ok(Response::new(TransferLeaderResponse { leader: node.name_of(leader) }))
+    }
+
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Verification>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        node.cluster().take_turn(&caller.user)?;
+        tracing::info!(user = %caller.user, "comparing the members' copies");
+        Ok(Response::new(node.cluster().verify().await?))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<Streaming<RestoreRequest>>,
+    ) -> Result<Response<RestoreResponse>, Status> {
+        let former = self.former(&request)?;
+        former.restore(request.into_inner()).await.map(Response::new)
+    }
+
+    type BackupStream = Answers<BackupChunk>;
+
+    async fn backup(
+        &self,
+        request: Request<BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        // What is under `priv/` is for root alone, and no other call shows it.
+        if !matches!(peer(&request), Some(PeerIdentity::LocalRoot)) {
+            return Err(Status::permission_denied(
+                "a backup holds the secrets under priv/: it is taken by root on a node, over its local socket",
+            ));
+        }
+        let consistency = match request.into_inner().stale {
+            true => Consistency::Stale,
+            false => Consistency::Linearizable,
+        };
+        let pieces = node.cluster().backup(consistency).await?;
+        tracing::warn!(user = %caller.user, "a backup of the configuration, secrets included, is taken");
+        let chunks = pieces.map(|piece| match piece {
+            Ok(data) => Ok(BackupChunk { data }),
+            Err(error) => Err(Status::from(error)),
+        });
+        Ok(Response::new(chunks.boxed()))
     }
 
     async fn issue_client(
