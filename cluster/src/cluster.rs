@@ -20,7 +20,7 @@ use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
     RangeResult, ReadAtError, Retention, StoreError, Txn, TxnOutcome, WatchBatch, WatchError,
-    membership, removal, rename,
+    certificates, membership, removal, rename,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -59,12 +59,12 @@ impl Cluster {
     /// The cluster's id, which stands in every certificate.
     #[must_use]
     pub fn cluster_id(&self) -> &str {
-        &self.node.identity().record.cluster_id
+        &self.node.identity().cluster_id
     }
     /// The cluster's name.
     #[must_use]
     pub fn cluster_name(&self) -> &str {
-        &self.node.identity().record.cluster_name
+        &self.node.identity().cluster_name
     }
     /// SHA-256 of the CA certificate's DER, hexadecimal.
     #[must_use]
@@ -305,6 +305,26 @@ impl Cluster {
         membership::issue_client(&self.node, name, csr_pem).await
     }
 
+    /// The CA's certificate and all that it signed, with their states.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn certificates(&self) -> Result<Vec<v1::Certificate>, MembershipError> {
+        Ok(certificates::list(&self.node).await?)
+    }
+    /// The certificate that this node shows in handshakes.
+    #[must_use]
+    pub fn certificate(&self) -> v1::Certificate {
+        certificates::shown_own(&self.node, &self.node.certificate()).unwrap_or_default()
+    }
+    /// Gets this node a new certificate on a new key now; it is shown from the next handshake on.
+    ///
+    /// # Errors
+    /// [`MembershipError::NotRenewed`]
+    pub async fn renew_certificate(&self) -> Result<v1::Certificate, MembershipError> {
+        self.node.renew().await?;
+        Ok(self.certificate())
+    }
     /// A gRPC channel to a member: mTLS, accepted only from that very node, shared and kept.
     /// It connects at its first use, and again after a failure.
     ///
@@ -318,7 +338,7 @@ impl Cluster {
         channel.ok_or_else(|| MembershipError::UnknownNode(node.to_string()))
     }
     /// Whether the other end of a connection may still ask for anything: a removed node's
-    /// certificate is good for years, and its connections may have outlived its membership.
+    /// certificate is good for long, and its connections may have outlived its membership.
     ///
     /// # Errors
     /// `PERMISSION_DENIED`, in words by which the node learns that it was removed.
@@ -387,7 +407,7 @@ impl Cluster {
         OpenError,
     > {
         let tls =
-            tls::member_server(self.node.identity()).map_err(|error| self.unusable(&error))?;
+            tls::member_server(self.node.credentials()).map_err(|error| self.unusable(&error))?;
         Ok(tls::incoming(listener, tls, Admit::Members(self.cluster_id().to_owned())))
     }
     /// Accepts server-authenticated TLS connections on the enrolment port.
@@ -401,7 +421,8 @@ impl Cluster {
         impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<L>,
         OpenError,
     > {
-        let tls = tls::enrol_server(self.node.identity()).map_err(|error| self.unusable(&error))?;
+        let tls =
+            tls::enrol_server(self.node.credentials()).map_err(|error| self.unusable(&error))?;
         Ok(tls::incoming(listener, tls, Admit::Anyone))
     }
 

@@ -15,6 +15,7 @@
 //! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
 //! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
 
+mod certificates;
 mod cluster;
 mod config;
 mod consensus;
@@ -38,7 +39,7 @@ mod types;
 mod voters;
 
 pub use cluster::Cluster;
-pub use config::{ClusterConfig, Limits, RaftTimings, Retention};
+pub use config::{CertificateLives, ClusterConfig, Limits, RaftTimings, Retention};
 pub use consensus::RaftService;
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,

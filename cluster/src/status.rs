@@ -35,6 +35,7 @@ impl From<MembershipError> for Status {
         let text = error.to_string();
         match error {
             MembershipError::UnknownNode(_) => Self::not_found(text),
+            MembershipError::NotRenewed(_) => Self::unavailable(text),
             MembershipError::QuorumAtRisk { .. }
             | MembershipError::LastNode(_)
             | MembershipError::OwnsVms { .. }

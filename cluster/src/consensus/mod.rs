@@ -20,7 +20,7 @@ mod suite_tests;
 pub(crate) use change::Seen;
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
-pub(crate) use network::{Network, Peers, REMOVED, ask};
+pub(crate) use network::{Network, Peers, REMOVED, ask, renew};
 pub(crate) use recent::Look;
 pub use service::RaftService;
 pub(crate) use service::{Forward, Forwarded};

@@ -21,7 +21,7 @@ use openraft::raft::{
 };
 use proto::NodeId;
 use proto::v1::raft_client::RaftClient;
-use proto::v1::{RaftMessage, SnapshotChunk};
+use proto::v1::{RaftMessage, RenewRequest, SnapshotChunk};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tonic::Status;
@@ -124,6 +124,24 @@ pub(crate) async fn ask(
                 Forwarded::Unknown(why)
             }
         }
+    }
+}
+
+/// Asks the leader for a certificate. The error says why there is none.
+pub(crate) async fn renew(
+    channel: Channel,
+    request: RenewRequest,
+    limit: Duration,
+    removed: &tokio::sync::watch::Sender<bool>,
+) -> Result<String, String> {
+    let mut client = raft_client(channel);
+    match tokio::time::timeout(limit, client.renew(request)).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner().certificate_pem),
+        Ok(Err(status)) => {
+            note_removal(removed, &status);
+            Err(status.message().to_owned())
+        }
+        Err(_) => Err("the leader did not answer in time".to_owned()),
     }
 }
 

@@ -8,13 +8,14 @@ use futures::{Stream, StreamExt};
 use openraft::raft::AppendEntriesRequest;
 use proto::NodeId;
 use proto::v1::raft_server::Raft as RaftApi;
-use proto::v1::{RaftMessage, SnapshotChunk};
+use proto::v1::{RaftMessage, RenewRequest, RenewResponse, SnapshotChunk};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::network::{REMOVED, from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::certificates;
 use crate::host::blocking;
 use crate::machine::{Reply, TxnCommand};
 use crate::membership::check_described;
@@ -233,5 +234,21 @@ impl RaftApi for RaftService {
         // Less than the asking member waits: it is to hear what became of it.
         let limit = self.node.config().request_timeout / 2;
         Ok(Response::new(to_message(&self.node.lead(asked, limit).await)?))
+    }
+
+    async fn renew(
+        &self,
+        request: Request<RenewRequest>,
+    ) -> Result<Response<RenewResponse>, Status> {
+        let from = self.admit(&request)?;
+        let request = request.into_inner();
+        if request.node_id != from.0 {
+            return Err(Status::permission_denied(format!(
+                "node {from} asks for node {}'s certificate; a node gets its own only",
+                request.node_id
+            )));
+        }
+        let certificate_pem = certificates::issue_next(&self.node, &request).await?;
+        Ok(Response::new(RenewResponse { certificate_pem }))
     }
 }

@@ -5,6 +5,7 @@ mod lead;
 mod members;
 mod past;
 mod read;
+mod renewal;
 mod retention;
 mod run;
 mod voting;
@@ -20,17 +21,25 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
-use crate::identity::Identity;
+use crate::identity::NodeIdentity;
 use crate::service::Rate;
 use crate::storage::Db;
+use crate::tls::Credentials;
 use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
 pub(crate) use run::start;
 
+use renewal::Renewal;
+
 /// The parts of a running member.
 pub(crate) struct Node {
     config: ClusterConfig,
-    identity: Identity,
+    identity: NodeIdentity,
+    /// The CA's certificate, PEM.
+    ca_pem: String,
+    /// What this node shows of itself in each new handshake.
+    credentials: Arc<Credentials>,
+    renewal: Renewal,
     ca_fingerprint: String,
     db: Arc<Db>,
     raft: Raft,
@@ -72,14 +81,20 @@ impl Node {
     pub(crate) fn config(&self) -> &ClusterConfig {
         &self.config
     }
-    pub(crate) fn identity(&self) -> &Identity {
+    pub(crate) fn identity(&self) -> &NodeIdentity {
         &self.identity
+    }
+    pub(crate) fn ca_pem(&self) -> &str {
+        &self.ca_pem
+    }
+    pub(crate) fn credentials(&self) -> &Arc<Credentials> {
+        &self.credentials
     }
     pub(crate) fn ca_fingerprint(&self) -> &str {
         &self.ca_fingerprint
     }
     pub(crate) fn id(&self) -> NodeId {
-        self.identity.record.node_id
+        self.identity.node_id
     }
     pub(crate) fn db(&self) -> &Arc<Db> {
         &self.db

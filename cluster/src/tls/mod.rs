@@ -5,7 +5,7 @@ mod connect;
 mod listen;
 mod peer;
 
-pub(crate) use config::{enrol_client, enrol_server, member_client, member_server};
+pub(crate) use config::{Credentials, enrol_client, enrol_server, member_client, member_server};
 pub(crate) use connect::{channel, connect};
 pub use listen::TlsConnection;
 pub(crate) use listen::{Admit, incoming};

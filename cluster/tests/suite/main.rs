@@ -8,6 +8,7 @@ mod ports;
 #[path = "../../../tests/src/skip.rs"]
 mod skip;
 
+mod certificates;
 mod durability;
 mod history;
 mod joining;
