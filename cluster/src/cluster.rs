@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
-use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
+use crate::consensus::{Forward, Forwarded, RaftService};
 use crate::host::Listen;
 use crate::machine::ANSWER_BYTES;
 use crate::node::Node;
@@ -325,6 +325,19 @@ impl Cluster {
         self.node.renew().await?;
         Ok(self.certificate())
     }
+    /// Has all certificates of a client, or the one with this serial number, count no more: new
+    /// connections and requests are refused, open connections are cut. `by`: who asked for it.
+    ///
+    /// # Errors
+    /// [`MembershipError::UnknownCertificate`]; `Invalid` for what a member works with.
+    pub async fn revoke_certificates(
+        &self,
+        what: &str,
+        by: &str,
+    ) -> Result<Vec<v1::Certificate>, MembershipError> {
+        certificates::revoke(&self.node, what, by).await
+    }
+
     /// A gRPC channel to a member: mTLS, accepted only from that very node, shared and kept.
     /// It connects at its first use, and again after a failure.
     ///
@@ -337,18 +350,13 @@ impl Cluster {
             member.and_then(|member| self.node.peers().shared(node.0, &member.api_address));
         channel.ok_or_else(|| MembershipError::UnknownNode(node.to_string()))
     }
-    /// Whether the other end of a connection may still ask for anything: a removed node's
-    /// certificate is good for long, and its connections may have outlived its membership.
+    /// Whether the other end of a connection may still ask for anything: it is no removed node, and
+    /// its certificate was not revoked.
     ///
     /// # Errors
-    /// `PERMISSION_DENIED`, in words by which the node learns that it was removed.
+    /// `PERMISSION_DENIED`, in words by which a node learns that it was removed.
     pub fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        match tls::peer(request) {
-            Some(tls::PeerIdentity::Node(id)) if self.node.was_removed(id) => {
-                Err(Status::permission_denied(REMOVED))
-            }
-            _ => Ok(()),
-        }
+        self.node.admit(request)
     }
     /// The calling node's id, if it is a present member.
     ///
@@ -356,6 +364,7 @@ impl Cluster {
     /// `PERMISSION_DENIED`, `UNAUTHENTICATED`
     pub fn require_member<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
         let id = tls::require_node(request)?;
+        self.node.admit(request)?;
         if self.node.was_removed(id) || !self.members().iter().any(|m| m.node_id == id) {
             return Err(Status::permission_denied(format!(
                 "node {id} is no member of this cluster"
@@ -408,7 +417,8 @@ impl Cluster {
     > {
         let tls =
             tls::member_server(self.node.credentials()).map_err(|error| self.unusable(&error))?;
-        Ok(tls::incoming(listener, tls, Admit::Members(self.cluster_id().to_owned())))
+        let admit = Admit::Members(self.cluster_id().to_owned(), self.node.trust().clone());
+        Ok(tls::incoming(listener, tls, admit))
     }
     /// Accepts server-authenticated TLS connections on the enrolment port.
     ///

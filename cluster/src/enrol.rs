@@ -81,7 +81,7 @@ async fn ask(
         });
     }
     let there = address.to_owned();
-    let channel = channel(host.clone(), tls, move || there.clone(), expect);
+    let channel = channel(host.clone(), tls, None, move || there.clone(), expect);
     let mut client = EnrolmentClient::new(channel);
     match client.enrol(request).await {
         Ok(answer) => Ok(answer.into_inner()),

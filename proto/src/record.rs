@@ -215,6 +215,9 @@ pub struct CertificateRecord {
     pub expires_unix_s: u64,
     /// SHA-256 of its public key, hexadecimal: no key gets a second certificate.
     pub key_hash: String,
+    /// It counts no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<Revocation>,
     /// Why its holder, a node, has not got the next one yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
@@ -228,6 +231,15 @@ pub enum CertificateHolder {
     Node(NodeId),
     /// A client.
     Client(String),
+}
+
+/// When a certificate was revoked, and by whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Seconds since 1970.
+    pub at_unix_s: u64,
+    /// Who asked for it.
+    pub by: String,
 }
 
 /// One VM's exclusive right to write an image.

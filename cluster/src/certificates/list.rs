@@ -16,7 +16,7 @@ fn state(record: &CertificateRecord, now_unix_s: u64, newest: bool, removed: boo
     let life_s = record.expires_unix_s.saturating_sub(record.issued_unix_s);
     let left_s = record.expires_unix_s.saturating_sub(now_unix_s);
     match record.holder {
-        _ if removed => "revoked",
+        _ if record.revoked.is_some() || removed => "revoked",
         _ if left_s == 0 => "expired",
         CertificateHolder::Node(_) if !newest => "replaced",
         // A node asks for the next one with a third left.
@@ -56,7 +56,7 @@ fn authority(node: &Node, now_unix_s: u64) -> Option<v1::Certificate> {
     })
 }
 
-fn show(
+pub(super) fn show(
     node: &Node,
     known: &Known,
     now_unix_s: u64,
@@ -96,6 +96,8 @@ pub(crate) fn shown_own(node: &Node, own: &Certificate) -> Option<v1::Certificat
 
 #[cfg(test)]
 mod tests {
+    use proto::record::Revocation;
+
     use super::super::tests::{NOW, known};
     use super::*;
 
@@ -117,5 +119,8 @@ mod tests {
         for (place, (shown, expected)) in cases.into_iter().enumerate() {
             assert_eq!(shown, expected, "case {place}");
         }
+        let by = "root".to_owned();
+        let revoked = Some(Revocation { at_unix_s: NOW, by });
+        assert_eq!(state(&CertificateRecord { revoked, ..client }, NOW, false, false), "revoked");
     }
 }

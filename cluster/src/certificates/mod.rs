@@ -4,12 +4,14 @@
 //! ```text
 //!   enrolment, issue_client ──► signed, recorded
 //!   Raft.Renew (leader) ──────► judged, signed, recorded ──► the node's next handshakes
+//!   revoke ───────────────────► record.revoked ──► each member's list of what is refused
 //! ```
 //!
 //! Invariant: no key gets two certificates; a request that is played again is refused.
 
 mod issue;
 mod list;
+mod revoke;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,6 +26,7 @@ use crate::{Consistency, StoreError, Txn};
 
 pub(crate) use issue::{issue_client, issue_next};
 pub(crate) use list::{list, shown_own};
+pub(crate) use revoke::revoke;
 
 /// Records that one transaction forgets.
 const FORGET_MAX: usize = 100;
@@ -48,6 +51,7 @@ fn record_of(certificate: &Certificate) -> Option<CertificateRecord> {
         issued_unix_s: certificate.issued_unix_s,
         expires_unix_s: certificate.expires_unix_s,
         key_hash: certificate.key_hash.clone(),
+        revoked: None,
         trouble: None,
     })
 }
@@ -160,6 +164,7 @@ mod tests {
             issued_unix_s,
             expires_unix_s: issued_unix_s + 1200,
             key_hash: String::new(),
+            revoked: None,
             trouble: None,
         };
         Known { serial: serial.to_owned(), record, revision: Revision(1) }

@@ -32,7 +32,7 @@ use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, TypeConfig, Vote};
 use crate::host::{Host, blocking};
 use crate::identity::node_host;
-use crate::tls::channel;
+use crate::tls::{Trust, channel};
 
 /// The largest message that is taken from a member, bytes.
 pub(super) const MESSAGE_MAX: usize = 64 << 20;
@@ -44,6 +44,7 @@ const CHUNK: usize = 1 << 20;
 pub(crate) struct Peers {
     host: Arc<dyn Host>,
     tls: Arc<rustls::ClientConfig>,
+    trust: Arc<Trust>,
     cluster_id: String,
     addresses: Arc<Mutex<HashMap<u64, String>>>,
     shared: Mutex<HashMap<u64, Channel>>,
@@ -53,9 +54,10 @@ impl Peers {
     pub(crate) fn new(
         host: Arc<dyn Host>,
         tls: Arc<rustls::ClientConfig>,
+        trust: Arc<Trust>,
         cluster_id: String,
     ) -> Self {
-        Self { host, tls, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
+        Self { host, tls, trust, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
     }
 
     /// A node is reached here from now on.
@@ -74,7 +76,8 @@ impl Peers {
             let addresses = addresses.lock().unwrap_or_else(PoisonError::into_inner);
             addresses.get(&node).cloned().unwrap_or_default()
         };
-        Some(channel(self.host.clone(), self.tls.clone(), address, expect))
+        let (tls, trust) = (self.tls.clone(), Some(self.trust.clone()));
+        Some(channel(self.host.clone(), tls, trust, address, expect))
     }
 
     /// The connection that all callers share.

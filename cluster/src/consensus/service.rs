@@ -12,7 +12,7 @@ use proto::v1::{RaftMessage, RenewRequest, RenewResponse, SnapshotChunk};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::network::{REMOVED, from_message, to_message};
+use super::network::{from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::certificates;
@@ -87,13 +87,10 @@ impl RaftService {
         Self { node }
     }
 
-    /// The caller is a node, and was not removed.
+    /// The caller is a node, was not removed, and its certificate was not revoked.
     fn admit<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
-        let id = require_node(request)?;
-        if self.node.was_removed(id) {
-            return Err(Status::permission_denied(REMOVED));
-        }
-        Ok(id)
+        self.node.admit(request)?;
+        require_node(request)
     }
 
     /// Refuses what would have to be written, while there is no room for it.

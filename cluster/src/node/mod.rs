@@ -1,5 +1,6 @@
 //! A running member: Raft with everything around it. The public handle is [`crate::Cluster`].
 
+mod denied;
 mod housekeeping;
 mod lead;
 mod members;
@@ -24,7 +25,7 @@ use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
 use crate::identity::NodeIdentity;
 use crate::service::Rate;
 use crate::storage::Db;
-use crate::tls::Credentials;
+use crate::tls::{Credentials, Trust};
 use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
 pub(crate) use run::start;
@@ -40,6 +41,8 @@ pub(crate) struct Node {
     /// What this node shows of itself in each new handshake.
     credentials: Arc<Credentials>,
     renewal: Renewal,
+    /// Which certificates are refused, and the connections that this is held against.
+    trust: Arc<Trust>,
     ca_fingerprint: String,
     db: Arc<Db>,
     raft: Raft,
@@ -86,6 +89,9 @@ impl Node {
     }
     pub(crate) fn ca_pem(&self) -> &str {
         &self.ca_pem
+    }
+    pub(crate) fn trust(&self) -> &Arc<Trust> {
+        &self.trust
     }
     pub(crate) fn credentials(&self) -> &Arc<Credentials> {
         &self.credentials

@@ -8,13 +8,13 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, housekeeping};
+use super::{Node, denied, housekeeping};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{Identity, fingerprint};
 use crate::service::Rate;
 use crate::storage::Db;
-use crate::tls::{Credentials, member_client};
+use crate::tls::{Credentials, Trust, member_client};
 use crate::{ClusterConfig, Leadership, OpenError};
 
 /// Starts Raft and the member's own tasks.
@@ -33,9 +33,12 @@ pub(crate) async fn start(
     let tls = member_client(&credentials).map_err(|error| unusable(error.to_string()))?;
     let ca_fingerprint = fingerprint(&identity.ca_pem)
         .ok_or_else(|| unusable("ca.crt is not a certificate".to_owned()))?;
+    let trust = Arc::new(Trust::default());
     let io = |source| OpenError::Io { path: config.data_dir.clone(), source };
+    // Before the first connection.
+    trust.deny(denied::denied(&db).map_err(io)?);
     let cluster_id = identity.record.cluster_id.clone();
-    let peers = Arc::new(Peers::new(config.host.clone(), tls, cluster_id));
+    let peers = Arc::new(Peers::new(config.host.clone(), tls, trust.clone(), cluster_id));
     let removed = Arc::new(watch::channel(false).0);
     consensus::clean_up(&config.data_dir.join("snapshots")).map_err(io)?;
     let machine = StateMachine::open(db.clone()).map_err(io)?;
@@ -76,6 +79,7 @@ pub(crate) async fn start(
         ca_pem: identity.ca_pem,
         credentials,
         renewal,
+        trust,
         db,
     });
     node.follow_members(&node.metrics());

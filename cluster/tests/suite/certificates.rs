@@ -1,4 +1,5 @@
-//! Certificates of nodes and clients: they change while the cluster works.
+//! Certificates of nodes and clients: they change while the cluster works, and count no more at once
+//! when they are revoked or their node is removed.
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tokio::net::TcpStream;
 use tonic::Code;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::common::{Lab, Outcome};
+use crate::common::{LIMIT, Lab, Outcome};
 use crate::joining::{Papers, client_tls, dial, papers};
 
 /// Long enough for a busy machine, short enough for a test.
@@ -70,6 +71,39 @@ fn parts(pem: &str) -> Outcome<(String, u64)> {
 fn shown(stream: &Silent) -> Outcome<String> {
     let all = stream.get_ref().1.peer_certificates().ok_or("no certificate")?;
     Ok(of_der(&all[0])?.0)
+}
+
+/// Reads until the other end hangs up, within the limit.
+async fn hangs_up(stream: &mut Silent) -> bool {
+    let mut rest = Vec::new();
+    tokio::time::timeout(LIMIT, stream.read_to_end(&mut rest)).await.is_ok()
+}
+
+/// What is answered to a request that only nodes may make.
+async fn answer(channel: tonic::transport::Channel) -> (Code, String) {
+    let vote = RaftClient::new(channel).vote(v1::RaftMessage { payload: vec![1, 2, 3] }).await;
+    match vote {
+        Ok(_) => (Code::Ok, String::new()),
+        Err(status) => (status.code(), status.message().to_owned()),
+    }
+}
+
+/// Asks until an answer comes that is one: a connection that was cut has to be made anew.
+async fn told(channel: &tonic::transport::Channel, words: &str) -> Outcome {
+    let mut last = String::new();
+    let asked = async {
+        loop {
+            let (code, text) = answer(channel.clone()).await;
+            if code == Code::PermissionDenied && text.contains(words) {
+                return;
+            }
+            last = format!("{code}: {text}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, asked)
+        .await
+        .map_err(|_| format!("not told `{words}`, but {last}").into())
 }
 
 /// A member's own papers, as they are on its disk.
@@ -298,4 +332,149 @@ fn a_node_gets_its_own_next_certificate_only_and_only_while_it_is_a_member() -> 
     let (code, text) = ask(&at_leader, &papers_of, id, &csr(&[uri(id)])?, now)?;
     assert!(code == Code::PermissionDenied && text.contains("was removed"), "{code}: {text}");
     Ok(())
+}
+
+#[test]
+fn a_removed_node_is_cut_off_everywhere_at_once() -> Outcome {
+    let mut lab = Lab::new(3)?;
+    let leader = lab.leader()?;
+    let gone = (leader + 1) % 3;
+    let stays: Vec<usize> = (0..3).filter(|on| *on != gone).collect();
+    let (name, ca, stolen) = (any(&lab)?, ca(&lab)?, node_papers(&lab, gone)?);
+    let id = lab.nodes[gone].cluster()?.node_id();
+    // From here on only the test speaks in its name.
+    lab.nodes[gone].kill();
+    let client = tokio::runtime::Runtime::new()?;
+    let mut connections = Vec::new();
+    for on in &stays {
+        let address = lab.nodes[*on].config.api_address.clone();
+        let (channel, silent, streaming) = client.block_on(async {
+            let channel = dial(&address, &ca, &name, Some(stolen.clone()))?;
+            let (code, text) = answer(channel.clone()).await;
+            assert_eq!(code, Code::InvalidArgument, "a member is listened to: {text}");
+            let silent = connect(&address, &name, &ca, stolen.clone()).await?;
+            // A stream as Raft's leader has one to each follower.
+            let mut raft = RaftClient::new(channel.clone());
+            let stream = raft.append(futures::stream::pending());
+            let mut stream = tokio::time::timeout(LIMIT, stream).await??.into_inner();
+            let quiet = tokio::time::timeout(Duration::from_millis(200), stream.message());
+            assert!(quiet.await.is_err(), "the stream did not stay open");
+            Outcome::Ok((channel, silent, stream))
+        })?;
+        connections.push((channel, silent, streaming));
+    }
+    lab.nodes[leader].run(move |c| async move { c.remove_node(&id.to_string()).await })??;
+    client.block_on(async {
+        for (channel, silent, streaming) in &mut connections {
+            assert!(hangs_up(silent).await, "an open connection was left to it");
+            let ended = tokio::time::timeout(LIMIT, streaming.message()).await;
+            assert!(ended.is_ok(), "an open stream was left to it");
+            told(channel, "was removed").await?;
+        }
+        Outcome::Ok(())
+    })?;
+    let listed = list(&lab, leader)?;
+    let its = listed.iter().find(|one| one.node_id == id.0).ok_or("it is not listed")?;
+    assert_eq!(its.state, "revoked");
+    // A member that starts anew knows it before it is reached.
+    let again = stays.iter().copied().find(|on| *on != leader).ok_or("no other")?;
+    lab.nodes[again].stop();
+    lab.nodes[again].start()?;
+    let address = lab.nodes[again].config.api_address.clone();
+    client.block_on(async {
+        let channel = dial(&address, &ca, &name, Some(stolen.clone()))?;
+        told(&channel, "was removed").await
+    })
+}
+
+#[test]
+fn a_revoked_client_is_cut_off_everywhere_at_once_and_for_good() -> Outcome {
+    let mut lab = Lab::new(3)?;
+    let ((first, ca), (second, _)) = (papers(&lab, "ann")?, papers(&lab, "ann")?);
+    let (bob, _) = papers(&lab, "bob")?;
+    let name = any(&lab)?;
+    let listed = list(&lab, 1)?;
+    let anns: Vec<_> = listed.iter().filter(|one| one.name == "ann").collect();
+    assert!(anns.len() == 2 && anns.iter().all(|one| one.state == "valid"), "{listed:?}");
+    let (serial, _) = parts(&first.certificate)?;
+    let client = tokio::runtime::Runtime::new()?;
+    let connect_all = |lab: &Lab, papers: &Papers| {
+        let addresses = lab.nodes.iter().map(|node| node.config.api_address.clone());
+        addresses
+            .map(|address| {
+                client.block_on(async {
+                    let channel = dial(&address, &ca, &name, Some(papers.clone()))?;
+                    let (_, text) = answer(channel.clone()).await;
+                    let silent = connect(&address, &name, &ca, papers.clone()).await?;
+                    Outcome::Ok((channel, silent, text))
+                })
+            })
+            .collect::<Outcome<Vec<_>>>()
+    };
+    let (mut one, mut two, mut bobs) =
+        (connect_all(&lab, &first)?, connect_all(&lab, &second)?, connect_all(&lab, &bob)?);
+    for (_, _, text) in one.iter().chain(&two).chain(&bobs) {
+        assert!(text.contains("nodes only"), "each is known: {text}");
+    }
+    let revoke = |lab: &Lab, what: String| {
+        lab.nodes[2].run(move |c| async move { c.revoke_certificates(&what, "root").await })
+    };
+    // Unknown ones, and the one that a member works with.
+    for what in ["nobody", "", "4f"] {
+        let refused = revoke(&lab, what.to_owned())?;
+        assert!(matches!(refused, Err(MembershipError::UnknownCertificate(_))), "{refused:?}");
+    }
+    let refused = revoke(&lab, own(&lab, 0)?.serial)?;
+    let refused = refused.err().ok_or("a member was cut off")?.to_string();
+    assert!(refused.contains("cert renew n1"), "{refused}");
+
+    let revoked = revoke(&lab, serial.clone())??;
+    assert_eq!(revoked.iter().map(|one| &one.serial).collect::<Vec<_>>(), [&serial]);
+    client.block_on(async {
+        for (channel, silent, _) in &mut one {
+            assert!(hangs_up(silent).await, "an open connection was left to it");
+            told(channel, "was revoked").await?;
+        }
+        // The same client's other certificate is good, and its connections are as they were.
+        for (channel, _, _) in &two {
+            assert!(answer(channel.clone()).await.1.contains("nodes only"));
+        }
+        Outcome::Ok(())
+    })?;
+    assert_eq!(revoke(&lab, "ann".to_owned())??.len(), 2);
+    client.block_on(async {
+        for (channel, silent, _) in &mut two {
+            assert!(hangs_up(silent).await, "an open connection was left to it");
+            told(channel, "was revoked").await?;
+        }
+        for (channel, _, _) in &mut bobs {
+            assert!(answer(channel.clone()).await.1.contains("nodes only"));
+        }
+        Outcome::Ok(())
+    })?;
+    let listed = list(&lab, 0)?;
+    assert!(listed.iter().filter(|one| one.name == "ann").all(|one| one.state == "revoked"));
+    // It survives restarts.
+    lab.nodes[1].stop();
+    lab.nodes[1].start()?;
+    let address = lab.nodes[1].config.api_address.clone();
+    client.block_on(async {
+        let channel = dial(&address, &ca, &name, Some(first))?;
+        told(&channel, "was revoked").await
+    })
+}
+
+#[test]
+fn what_has_expired_is_forgotten_with_its_revocation() -> Outcome {
+    let lab = Lab::with(1, |config| {
+        config.certificates.client = Duration::from_secs(8);
+        config.certificates.memory = Duration::from_secs(1);
+        // It looks as often as the shortest life asks for.
+        config.certificates.node = Duration::from_secs(60);
+    })?;
+    papers(&lab, "ann")?;
+    let revoked =
+        lab.nodes[0].run(|c| async move { c.revoke_certificates("ann", "root").await })??;
+    assert_eq!((revoked.len(), revoked[0].state.as_str()), (1, "revoked"));
+    lab.wait("its record is gone", |lab| Ok(list(lab, 0)?.iter().all(|one| one.name != "ann")))
 }
