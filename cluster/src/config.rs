@@ -35,6 +35,8 @@ pub struct ClusterConfig {
     pub verify_every: Duration,
     /// How much there may be of everything.
     pub limits: Limits,
+    /// How long certificates last.
+    pub certificates: CertificateLives,
     /// Log entries between two snapshots.
     pub snapshot_every: u64,
     /// Log entries kept behind a snapshot for followers that lag a little.
@@ -60,6 +62,7 @@ impl ClusterConfig {
             retention: Retention::default(),
             verify_every: Duration::from_secs(3600),
             limits: Limits::default(),
+            certificates: CertificateLives::default(),
             snapshot_every: 20_000,
             snapshot_keep: 5_000,
             host: Arc::new(ThisHost),
@@ -124,6 +127,25 @@ impl Default for Limits {
             client_requests_per_s: 500,
             watch_progress: Duration::from_secs(10),
         }
+    }
+}
+
+/// How long certificates last. The settings of the node that signs count: the leader's for nodes
+/// that renew theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CertificateLives {
+    /// A node's. It gets the next one after two thirds of this, so a node may be off for a third.
+    pub node: Duration,
+    /// A client's.
+    pub client: Duration,
+    /// So long after its end a certificate is still listed.
+    pub memory: Duration,
+}
+
+impl Default for CertificateLives {
+    fn default() -> Self {
+        let day = Duration::from_secs(24 * 3600);
+        Self { node: 365 * day, client: 365 * day, memory: 30 * day }
     }
 }
 

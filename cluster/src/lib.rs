@@ -16,6 +16,7 @@
 //! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
 
 mod backup;
+mod certificates;
 mod cluster;
 mod config;
 mod consensus;
@@ -42,7 +43,7 @@ mod verify;
 mod voters;
 
 pub use cluster::Cluster;
-pub use config::{ClusterConfig, Limits, RaftTimings, Retention};
+pub use config::{CertificateLives, ClusterConfig, Limits, RaftTimings, Retention};
 pub use consensus::RaftService;
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,

@@ -10,7 +10,8 @@ use tokio::time::Instant;
 
 use crate::consensus::{MemberNode, lead};
 use crate::host::{Host, blocking};
-use crate::identity::{Ca, Identity, NodeIdentity, request};
+use crate::identity::{Ca, Identity, Life, NodeIdentity, Pair, request};
+use crate::membership;
 use crate::node::{self, Node};
 use crate::storage::{Db, FolderLock};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
@@ -105,10 +106,11 @@ impl Uninitialized {
         let cluster_id = new_id().map_err(|error| made(&error))?;
         let ca = Ca::make(&cluster_id).map_err(|error| made(&error))?;
         let node_id = NodeId(1);
+        let life = Life::from_now(self.config.certificates.node);
+        let certificate =
+            ca.sign_node(&cluster_id, node_id, &csr, life).map_err(|error| made(&error))?;
         let identity = Identity {
-            certificate_pem: ca
-                .sign_node(&cluster_id, node_id, &csr)
-                .map_err(|error| made(&error))?,
+            pair: Pair::new(&key_pem, &certificate),
             ca_pem: ca.certificate_pem.clone(),
             record: NodeIdentity {
                 cluster_id,
@@ -116,10 +118,9 @@ impl Uninitialized {
                 node_id,
                 node_name: node_name.to_string(),
             },
-            key_pem,
         };
         let node = self.start_empty(identity.clone()).await?;
-        let mut done = self.first_records(&node, &ca, &node_name).await;
+        let mut done = self.first_records(&node, &ca, &certificate, &node_name).await;
         if let (Ok(()), Some(data)) = (&done, data) {
             done = data.write(&node).await;
         }
@@ -130,12 +131,18 @@ impl Uninitialized {
         Ok(Cluster::new(node))
     }
 
-    async fn first_records(&self, node: &Node, ca: &Ca, name: &Name) -> Result<(), InitError> {
+    async fn first_records(
+        &self,
+        node: &Node,
+        ca: &Ca,
+        certificate_pem: &str,
+        name: &Name,
+    ) -> Result<(), InitError> {
         let member = MemberNode::of(name.as_str(), &self.config);
         lead::initialize(node.raft(), 1, member)
             .await
             .map_err(|why| InitError::Store(StoreError::Failed { why }))?;
-        membership::write_first_records(node, ca, name).await?;
+        membership::write_first_records(node, ca, certificate_pem, name).await?;
         Ok(())
     }
 

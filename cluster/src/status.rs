@@ -35,7 +35,10 @@ impl From<MembershipError> for Status {
     fn from(error: MembershipError) -> Self {
         let text = error.to_string();
         match error {
-            MembershipError::UnknownNode(_) => Self::not_found(text),
+            MembershipError::UnknownNode(_) | MembershipError::UnknownCertificate(_) => {
+                Self::not_found(text)
+            }
+            MembershipError::NotRenewed(_) => Self::unavailable(text),
             MembershipError::QuorumAtRisk { .. }
             | MembershipError::LastNode(_)
             | MembershipError::OwnsVms { .. }

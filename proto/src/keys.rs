@@ -27,6 +27,8 @@ pub const NODES: &str = "status/nodes/";
 pub const FENCED: &str = "status/fenced/";
 /// All removal records.
 pub const REMOVALS: &str = "status/removals/";
+/// All records of certificates.
+pub const CERTIFICATES: &str = "status/certificates/";
 /// Which leader may act for HA.
 pub const HA_LEADER: &str = "status/ha/leader";
 /// How the members' copies compared last.
@@ -65,6 +67,12 @@ pub fn fenced(node: NodeId) -> String {
 #[must_use]
 pub fn removal(node: NodeId) -> String {
     format!("{REMOVALS}{:020}", node.0)
+}
+/// The record of a certificate that the cluster's CA has issued, by its serial number (lower-case
+/// hexadecimal).
+#[must_use]
+pub fn certificate(serial: &str) -> String {
+    format!("{CERTIFICATES}{serial}")
 }
 /// The claim of one VM on a writable disk image, `pool/name`.
 #[must_use]

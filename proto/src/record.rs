@@ -258,6 +258,44 @@ impl VerificationOutcome {
     }
 }
 
+/// A certificate that the cluster's CA has issued. It stays until some time after its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateRecord {
+    /// Whose it is.
+    pub holder: CertificateHolder,
+    /// Seconds since 1970, by the clock of the node that signed it.
+    pub issued_unix_s: u64,
+    /// Its end, seconds since 1970.
+    pub expires_unix_s: u64,
+    /// SHA-256 of its public key, hexadecimal: no key gets a second certificate.
+    pub key_hash: String,
+    /// It counts no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<Revocation>,
+    /// Why its holder, a node, has not got the next one yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// Whom a certificate names.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CertificateHolder {
+    /// A node of the cluster.
+    Node(NodeId),
+    /// A client.
+    Client(String),
+}
+
+/// When a certificate was revoked, and by whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Seconds since 1970.
+    pub at_unix_s: u64,
+    /// Who asked for it.
+    pub by: String,
+}
+
 /// One VM's exclusive right to write an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskClaim {

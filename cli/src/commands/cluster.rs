@@ -1,6 +1,7 @@
 //! `clusterctl cluster`: form it, join it, see how it is.
 
 mod backup;
+mod certificates;
 mod restore;
 mod verify;
 
@@ -87,6 +88,9 @@ pub(crate) enum Command {
         #[arg(default_value = "", hide_default_value = true)]
         node: String,
     },
+    /// Certificates of nodes and clients: who has which, until when
+    #[command(subcommand)]
+    Cert(certificates::Command),
     /// Remove a node that owns no VMs; drain it first
     #[command(
         after_help = "Examples:\n  clusterctl node drain node3 && clusterctl cluster remove node3"
@@ -159,6 +163,7 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let moved = session.call("move leadership", moved).await?;
             output::print(format, &moved, |moved| format!("{} leads", moved.leader))
         }
+        Command::Cert(command) => certificates::run(session, command).await,
         Command::Remove { node } => {
             let request = v1::RemoveNodeRequest { node: node.clone() };
             let what = format!("remove node {node}");

@@ -282,6 +282,21 @@ impl v1::storage_server::Storage for Agent {
     }
 }
 
+/// Issued three hours ago, good for 30 hours more.
+fn certificate(kind: &str, name: &str, serial: &str, state: &str) -> v1::Certificate {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now_unix_s = now.as_secs();
+    v1::Certificate {
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        serial: serial.to_owned(),
+        issued_unix_s: now_unix_s - 3600 * 3,
+        expires_unix_s: now_unix_s + 3600 * 30,
+        state: state.to_owned(),
+        ..v1::Certificate::default()
+    }
+}
+
 #[tonic::async_trait]
 impl v1::membership_server::Membership for Agent {
     async fn init(&self, _: Request<v1::InitRequest>) -> Answer<v1::InitResponse> {
@@ -353,6 +368,47 @@ impl v1::membership_server::Membership for Agent {
         _: Request<v1::IssueClientRequest>,
     ) -> Answer<v1::IssueClientResponse> {
         Err(Status::permission_denied("for root alone"))
+    }
+    async fn list_certificates(
+        &self,
+        _: Request<v1::ListCertificatesRequest>,
+    ) -> Answer<v1::ListCertificatesResponse> {
+        let node = certificate("node", "node1", "4a01", "expiring");
+        let trouble = "no leader is known".to_owned();
+        let node = v1::Certificate { node_id: 1, trouble, ..node };
+        let client = certificate("client", "ann", "4b02", "revoked");
+        let certificates = vec![certificate("ca", "lab", "4c03", "valid"), node, client];
+        Ok(Response::new(v1::ListCertificatesResponse { certificates }))
+    }
+    async fn renew_certificates(
+        &self,
+        request: Request<v1::RenewCertificatesRequest>,
+    ) -> Answer<v1::RenewCertificatesResponse> {
+        let one = |node: &str, node_id, error: &str| v1::RenewedCertificate {
+            node: node.to_owned(),
+            node_id,
+            certificate: error.is_empty().then(|| certificate("node", node, "4d04", "valid")),
+            error: error.to_owned(),
+        };
+        let node1 = one("node1", 1, "");
+        let renewed = match request.into_inner().node.as_str() {
+            "" => vec![node1, one("node2", 2, "it cannot be asked: connection refused")],
+            "node1" => vec![node1],
+            other => return Err(Status::not_found(format!("there is no node `{other}`"))),
+        };
+        Ok(Response::new(v1::RenewCertificatesResponse { renewed }))
+    }
+    async fn revoke_certificates(
+        &self,
+        request: Request<v1::RevokeCertificatesRequest>,
+    ) -> Answer<v1::RevokeCertificatesResponse> {
+        match request.into_inner().what.as_str() {
+            "ann" => {
+                let revoked = vec![certificate("client", "ann", "4b02", "revoked")];
+                Ok(Response::new(v1::RevokeCertificatesResponse { revoked }))
+            }
+            other => Err(Status::not_found(format!("no certificate is of a client `{other}`"))),
+        }
     }
 }
 

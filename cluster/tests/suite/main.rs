@@ -9,6 +9,7 @@ mod ports;
 mod skip;
 
 mod backup;
+mod certificates;
 mod durability;
 mod history;
 mod joining;

@@ -2,6 +2,7 @@
 //! machine alone, over the local socket.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cluster::tls::{PeerIdentity, peer};
 use cluster::{Consistency, InitError, JoinError, RestoreError};
@@ -12,8 +13,11 @@ use proto::v1::membership_server::Membership;
 use proto::v1::{
     BackupChunk, BackupRequest, ClusterStatus, ClusterStatusRequest, CreateTokenRequest,
     CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest, IssueClientResponse,
-    JoinRequest, JoinResponse, NodeFailure, RemoveNodeRequest, RemoveNodeResponse, RestoreRequest,
-    RestoreResponse, TransferLeaderRequest, TransferLeaderResponse, Verification, VerifyRequest,
+    JoinRequest, JoinResponse, ListCertificatesRequest, ListCertificatesResponse, NodeFailure,
+    RemoveNodeRequest, RemoveNodeResponse, RenewCertificatesRequest, RenewCertificatesResponse,
+    RenewedCertificate, RestoreRequest, RestoreResponse, RevokeCertificatesRequest,
+    RevokeCertificatesResponse, TransferLeaderRequest, TransferLeaderResponse, Verification,
+    VerifyRequest,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
@@ -37,6 +41,9 @@ pub trait Former: Send + Sync + std::fmt::Debug {
     /// `cluster restore`.
     async fn restore(&self, chunks: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status>;
 }
+
+/// How long another node may take to get its new certificate.
+const RENEWAL_LIMIT: Duration = Duration::from_secs(15);
 
 /// The service: with a [`Former`] on the local socket, without one elsewhere.
 #[derive(Debug, Clone)]
@@ -135,6 +142,36 @@ fn another(node: &Node) -> Result<Option<Channel>, Status> {
     let chosen = chosen.or_else(|| others().find(|member| member.voter));
     let Some(chosen) = chosen.or_else(|| others().next()) else { return Ok(None) };
     channel(node, chosen.node_id).map(Some)
+}
+
+/// Has one node get a new certificate. That it gets none is part of the answer.
+async fn renew_one(node: &Node, caller: &Caller, id: NodeId) -> RenewedCertificate {
+    let answer = |certificate, error: String| RenewedCertificate {
+        node: node.name_of(id),
+        node_id: id.0,
+        certificate,
+        error,
+    };
+    if id == node.id {
+        return match node.cluster().renew_certificate().await {
+            Ok(certificate) => answer(Some(certificate), String::new()),
+            Err(error) => answer(None, error.to_string()),
+        };
+    }
+    let asked = async {
+        let request = caller.request(RenewCertificatesRequest { node: id.to_string() })?;
+        let mut client = MembershipClient::new(channel(node, id)?);
+        let renewed = tokio::time::timeout(RENEWAL_LIMIT, client.renew_certificates(request));
+        let late = |_| Status::deadline_exceeded("it did not answer in time");
+        Ok::<_, Status>(renewed.await.map_err(late)??.into_inner().renewed)
+    };
+    match asked.await {
+        Ok(renewed) => renewed
+            .into_iter()
+            .find(|of| of.node_id == id.0)
+            .unwrap_or_else(|| answer(None, "it gave no answer for itself".to_owned())),
+        Err(status) => answer(None, format!("it cannot be asked: {}", status.message())),
+    }
 }
 
 #[tonic::async_trait]
@@ -266,5 +303,45 @@ impl Membership for MembershipService {
         let issued = issued?;
         tracing::info!(client = %message.name, user = %caller.user, "client certificate issued");
         Ok(Response::new(issued))
+    }
+
+    async fn list_certificates(
+        &self,
+        request: Request<ListCertificatesRequest>,
+    ) -> Result<Response<ListCertificatesResponse>, Status> {
+        Caller::of(&request)?;
+        let certificates = self.api.node()?.cluster().certificates().await?;
+        Ok(Response::new(ListCertificatesResponse { certificates }))
+    }
+
+    async fn renew_certificates(
+        &self,
+        request: Request<RenewCertificatesRequest>,
+    ) -> Result<Response<RenewCertificatesResponse>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let wanted = request.into_inner().node;
+        let mut ids: Vec<NodeId> = match wanted.as_str() {
+            "" => node.cluster().members().into_iter().map(|member| member.node_id).collect(),
+            name => vec![node.find(name).ok_or_else(|| unknown(name))?],
+        };
+        ids.sort();
+        // One after the other: what goes wrong with one is not done to all.
+        let mut renewed = Vec::with_capacity(ids.len());
+        for id in ids {
+            renewed.push(renew_one(&node, &caller, id).await);
+        }
+        tracing::info!(user = %caller.user, node = %wanted, "certificates renewed on request");
+        Ok(Response::new(RenewCertificatesResponse { renewed }))
+    }
+
+    async fn revoke_certificates(
+        &self,
+        request: Request<RevokeCertificatesRequest>,
+    ) -> Result<Response<RevokeCertificatesResponse>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let what = request.into_inner().what;
+        let revoked = node.cluster().revoke_certificates(&what, &caller.user).await?;
+        tracing::warn!(%what, user = %caller.user, count = revoked.len(), "certificates revoked");
+        Ok(Response::new(RevokeCertificatesResponse { revoked }))
     }
 }
