@@ -1,13 +1,14 @@
 //! What a stopped member's database holds: how far it is, who the members are, and the state that
 //! its whole log comes to. For [`crate::recover`]; nothing is written.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use openraft::EntryPayload;
 
 use super::log_store::committed;
 use super::state::{applied, membership};
-use super::types::{Entry, MemberNode};
+use super::types::{Entry, MemberNode, Membership};
 use crate::machine::{Overlay, apply, decode, revision};
 use crate::storage::{Cf, View};
 
@@ -20,7 +21,8 @@ pub(crate) struct Held {
     pub(crate) last: u64,
     /// The store's revision with all of them.
     pub(crate) revision: u64,
-    /// All members by the last membership in its log, and whether each votes.
+    /// All members, and whether each votes: by the last membership that is known to be agreed to
+    /// and by each that came after it. One that takes a node out may have come to nothing.
     pub(crate) members: Vec<(u64, MemberNode, bool)>,
 }
 
@@ -40,7 +42,9 @@ fn apply_until<'a, 'v>(
     until: u64,
 ) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
     let applied = applied(view)?.map(|id| id.index);
-    let mut members = membership(view)?.membership().clone();
+    let committed = committed(view)?.max(applied.unwrap_or(0));
+    let mut members = BTreeMap::new();
+    note(&mut members, membership(view)?.membership());
     let mut state = Overlay::new(view);
     // Raft's first entry has index 0.
     let mut next = applied.map_or(0, |index| index.saturating_add(1));
@@ -57,16 +61,26 @@ fn apply_until<'a, 'v>(
         match entry.payload {
             EntryPayload::Blank => {}
             EntryPayload::Normal(command) => drop(apply(&mut state, index, &command)?),
-            EntryPayload::Membership(membership) => members = membership,
+            EntryPayload::Membership(membership) => {
+                if index <= committed {
+                    members.clear();
+                }
+                note(&mut members, &membership);
+            }
         }
     }
-    let voters: Vec<u64> = members.voter_ids().collect();
-    let members = members.nodes().map(|(id, node)| (*id, node.clone(), voters.contains(id)));
+    let members = members.into_iter().map(|(id, (node, votes))| (id, node, votes));
     let held = Held {
-        committed: committed(view)?.max(applied.unwrap_or(0)),
+        committed,
         last: next.saturating_sub(1),
         revision: revision(&state)?,
         members: members.collect(),
     };
     Ok((held, state))
+}
+
+fn note(members: &mut BTreeMap<u64, (MemberNode, bool)>, of: &Membership) {
+    let voters: Vec<u64> = of.voter_ids().collect();
+    let nodes = of.nodes().map(|(id, node)| (*id, (node.clone(), voters.contains(id))));
+    members.extend(nodes);
 }
