@@ -47,7 +47,7 @@ pub(crate) async fn backup(
         let _slot = slot;
         let sending = Sending { node: &node, pieces: &pieces, runtime: &runtime };
         let sent = node.db().view(|view| {
-            let header = header(&node.identity().record, node.label().borrow().clone(), view)?;
+            let header = header(node.identity(), node.label().borrow().clone(), view)?;
             write(view.all_rows(Table::Data)?, &header, |piece| sending.send(Ok(piece)))
         });
         if let Err(error) = sent {

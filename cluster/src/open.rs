@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use crate::consensus::{MemberNode, lead};
 use crate::host::{Host, blocking};
 use crate::identity::{Ca, Identity, Life, NodeIdentity, Pair, request};
-use crate::membership;
 use crate::node::{self, Node};
 use crate::storage::{Db, FolderLock};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};

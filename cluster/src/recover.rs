@@ -48,7 +48,7 @@ use crate::identity::Identity;
 use crate::machine::{Overlay, Read, Record, Table, decode};
 use crate::restore::{Checked, Own, Restored, runs_on};
 use crate::storage::{FolderLock, Frozen, View};
-use crate::tls::member_client;
+use crate::tls::{Credentials, Trust, member_client};
 use crate::{ClusterConfig, InitError, Member, OpenError, Opened, RestoreError, open};
 
 /// How long members may take to answer; one that cannot be reached is tried again meanwhile.
@@ -60,7 +60,7 @@ const BACKUP: &str = "recover.hfb";
 const KEPT: &str = "before-recover-";
 const RECOVERED: &str = "recovered";
 /// What a member's folder holds of its cluster; the identity first.
-const PARTS: [&str; 6] = ["identity.json", "node.key", "node.crt", "ca.crt", "db", "snapshots"];
+const PARTS: [&str; 5] = ["identity.json", "node.pem", "ca.crt", "db", "snapshots"];
 
 /// Why a node was not recovered. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -347,8 +347,12 @@ async fn nobody_answers(
         path: config.data_dir.clone(),
         detail: error.to_string(),
     };
-    let tls = member_client(identity).map_err(|error| unusable(&error))?;
-    let peers = Peers::new(config.host.clone(), tls, identity.record.cluster_id.clone());
+    let own =
+        Credentials::new(&identity.pair, &identity.ca_pem).map_err(|error| unusable(&error))?;
+    let tls = member_client(&own).map_err(|error| unusable(&error))?;
+    // Whoever answers is there, whatever became of its certificate.
+    let (trust, cluster_id) = (Arc::new(Trust::default()), identity.record.cluster_id.clone());
+    let peers = Peers::new(config.host.clone(), tls, trust, cluster_id);
     let removed = watch::channel(false).0;
     let asked = others.iter().map(|member| {
         let channel = peers.shared(member.node_id.0, &member.api_address);
@@ -473,7 +477,7 @@ fn sync(folder: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const OLD: [&str; 5] = ["identity.json", "node.key", "node.crt", "ca.crt", "db"];
+    const OLD: [&str; 4] = ["identity.json", "node.pem", "ca.crt", "db"];
 
     fn folder() -> io::Result<tempfile::TempDir> {
         let folder = tempfile::tempdir()?;

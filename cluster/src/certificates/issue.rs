@@ -129,7 +129,7 @@ mod tests {
     }
 
     fn refusal(request: &RenewRequest, facts: &Facts<'_>) -> (tonic::Code, String) {
-        let status = judge(request, facts).err().expect("it was honoured");
+        let status = judge(request, facts).expect_err("it was honoured");
         (status.code(), status.message().to_owned())
     }
 
