@@ -119,7 +119,7 @@ impl Uninitialized {
             },
         };
         let node = self.start_empty(identity.clone()).await?;
-        let mut done = self.first_records(&node, &ca, &certificate, &node_name).await;
+        let mut done = self.first_records(&node, &ca, &node_name).await;
         if let (Ok(()), Some(data)) = (&done, data) {
             done = data.write(&node).await;
         }
@@ -134,14 +134,13 @@ impl Uninitialized {
         &self,
         node: &Node,
         ca: &Ca,
-        certificate_pem: &str,
         name: &Name,
     ) -> Result<(), InitError> {
         let member = MemberNode::of(name.as_str(), &self.config);
         lead::initialize(node.raft(), 1, member)
             .await
             .map_err(|why| InitError::Store(StoreError::Failed { why }))?;
-        membership::write_first_records(node, ca, certificate_pem, name).await?;
+        membership::write_first_records(node, ca, name).await?;
         Ok(())
     }
 
