@@ -107,11 +107,10 @@ async fn serve_port(shared: Arc<Shared>, port: Port, stream: UnixStream) {
     }
 }
 
-/// Sends a node a frame that says nothing (EtherType 88B5, for experiments), whatever is cut. QEMU 7.2
-/// can lose an interrupt of a CPU whose SVM it emulates: the vCPU's thread clears a bit of
-/// `interrupt_request` without the lock under which others set theirs. A node that hears nothing from
-/// outside then sleeps on behind its lost timer until the watchdog resets it; seen with one node and
-/// eight guests. The next interrupt brings the lost one along.
+/// Sends a node a frame that says nothing (EtherType 88B5, for experiments), whatever is cut. Seen with
+/// one node and eight guests under QEMU 7.2: its CPU, whose SVM is emulated, stays halted with
+/// interrupts on, as if its timer's interrupt were lost, until the watchdog resets it. The next
+/// interrupt wakes it; a node without neighbours gets none from outside but this one.
 async fn wake(port: Port, queue: mpsc::Sender<Queued>) {
     let mut ticks = tokio::time::interval(WAKE_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
