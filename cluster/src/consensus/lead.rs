@@ -29,6 +29,20 @@ pub(crate) async fn watch_metrics(raft: Raft, mut see: impl FnMut(&Metrics)) {
     }
 }
 
+/// Resolves when a node leads that is none of those given. Never, once Raft is gone.
+pub(crate) async fn another_leads(raft: &Raft, than: [Option<u64>; 2]) {
+    let mut metrics = raft.metrics();
+    loop {
+        let leader = metrics.borrow_watched().current_leader;
+        if leader.is_some() && !than.contains(&leader) {
+            return;
+        }
+        if metrics.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 /// Why Raft stopped, if it did.
 pub(crate) fn fatal(metrics: &Metrics) -> Option<String> {
     metrics.running_state.as_ref().err().map(ToString::to_string)

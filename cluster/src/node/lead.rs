@@ -103,7 +103,14 @@ impl Node {
                         Err(_) => Forwarded::Unknown("no majority answered in time".to_owned()),
                     }
                 }
-                Some(id) => self.ask_member(id, &asked, left).await,
+                // One that lost its power does not answer, and refuses nothing either: whoever is
+                // elected meanwhile is asked instead.
+                Some(id) => tokio::select! {
+                    answer = self.ask_member(id, &asked, left) => answer,
+                    () = lead::another_leads(&self.raft, [Some(id), metrics.current_leader]) => {
+                        Forwarded::Unknown(format!("node {id} led no more before it answered"))
+                    }
+                },
             };
             match answer {
                 Forwarded::NotLeader { leader } => {

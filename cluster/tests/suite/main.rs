@@ -13,5 +13,6 @@ mod history;
 mod joining;
 mod membership;
 mod replication;
+mod tls;
 mod tree;
 mod watches;

@@ -181,6 +181,26 @@ fn the_loss_of_a_leader_loses_nothing_and_watches_stay_exact() -> Outcome {
     Ok(())
 }
 
+/// A leader without power refuses nothing, it is silent: who asked it must not wait for it until
+/// its own time is over, while another leads already. (A silent connection is given up after 10 s.)
+#[test]
+fn a_request_to_a_leader_that_hangs_goes_to_the_next_one() -> Outcome {
+    let lab = Lab::with(3, |config| config.request_timeout = Duration::from_secs(9))?;
+    let leader = lab.leader()?;
+    let others: Vec<usize> = (0..3).filter(|place| *place != leader).collect();
+    let hang = lab.nodes[leader].hang()?;
+    let txn = || Txn::new().if_absent("once").put("once", "1").named("me", 1);
+    let written = lab.nodes[others[0]].run(|c| async move { c.txn(txn()).await })??;
+    assert!(written.committed());
+    let read = lab.nodes[others[1]].run(|c| async move { value(&c, "once").await })??;
+    assert_eq!(read.as_deref(), Some("1"));
+    drop(hang);
+    // What was asked of the former leader may reach it now; it is not done a second time.
+    let again = lab.nodes[leader].run(|c| async move { c.txn(txn()).await })??;
+    assert_eq!(again, written);
+    Ok(())
+}
+
 #[test]
 fn a_restart_of_all_members_loses_nothing() -> Outcome {
     let mut lab = Lab::new(3)?;

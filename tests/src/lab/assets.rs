@@ -6,10 +6,13 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
 
-/// The repository this was built from.
+/// The repository that is worked in: of the crate that cargo runs, as `deploy/lab` says it, or else
+/// the one this was built from. Clones share compiled programs, and the one built last may be gone.
 #[must_use]
-pub fn repository() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+pub fn repository() -> PathBuf {
+    let crate_folder =
+        std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(crate_folder).join("..")
 }
 
 /// A folder with a kernel and an initramfs.

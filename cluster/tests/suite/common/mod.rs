@@ -34,8 +34,11 @@ pub(crate) struct Lab {
     _folder: TempDir,
 }
 
+/// Threads of a member.
+const WORKERS: usize = 2;
+
 fn runtime() -> Outcome<Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?)
 }
 
 /// Mounts a member's services where its config says.
@@ -193,6 +196,31 @@ impl TestNode {
 
     pub(crate) fn is_running(&self) -> bool {
         self.running.is_some()
+    }
+}
+
+/// Holds up all threads of a member: its connections stay open, and nothing is answered on them.
+pub(crate) struct Hang(Vec<std::sync::mpsc::Sender<()>>);
+
+impl TestNode {
+    /// Hangs until the value is dropped.
+    pub(crate) fn hang(&self) -> Outcome<Hang> {
+        let (runtime, _) = self.running.as_ref().ok_or("the node is not running")?;
+        let (held, holds) = std::sync::mpsc::channel();
+        let hang = (0..WORKERS).map(|_| {
+            let (release, until) = std::sync::mpsc::channel();
+            let held = held.clone();
+            runtime.spawn(async move {
+                let _ = held.send(());
+                let _ = until.recv();
+            });
+            release
+        });
+        let hang = Hang(hang.collect());
+        for _ in 0..WORKERS {
+            holds.recv_timeout(LIMIT)?;
+        }
+        Ok(hang)
     }
 }
 
