@@ -317,6 +317,18 @@ impl Cluster {
             member.and_then(|member| self.node.peers().shared(node.0, &member.api_address));
         channel.ok_or_else(|| MembershipError::UnknownNode(node.to_string()))
     }
+    /// The same, but a connection of its own, whose work is done by the runtime that asks for it.
+    ///
+    /// # Errors
+    /// [`MembershipError::UnknownNode`]
+    pub fn own_peer_channel(&self, node: NodeId) -> Result<Channel, MembershipError> {
+        let members = self.node.members();
+        let channel = members.iter().find(|member| member.node_id == node).and_then(|member| {
+            self.node.peers().note(node.0, &member.api_address);
+            self.node.peers().dedicated(node.0)
+        });
+        channel.ok_or_else(|| MembershipError::UnknownNode(node.to_string()))
+    }
     /// Whether the other end of a connection may still ask for anything: a removed node's
     /// certificate is good for years, and its connections may have outlived its membership.
     ///

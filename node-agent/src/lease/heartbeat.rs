@@ -1,16 +1,17 @@
 //! A member's share of the lease's thread: sends heartbeats, ends HA VMs when the lease runs out,
 //! says when the watchdog may be petted.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cluster::{Consistency, Txn};
+use cluster::{Consistency, MembershipError, Txn};
 use proto::record::FencedRecord;
 use proto::v1::peer_client::PeerClient;
 use proto::v1::{HeartbeatRequest, HeartbeatResponse};
-use proto::{Name, keys};
+use proto::{Name, NodeId, keys};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
 
 use super::guard::{Allowed, Guard, Source};
 use super::memory::{FormerLease, LeaseMemory};
@@ -34,6 +35,26 @@ pub(super) struct Beat {
     /// Set while this node cleans up after it was fenced.
     cleaning: Arc<AtomicBool>,
     memory: Arc<LeaseMemory>,
+    link: Arc<LeaderLink>,
+}
+
+/// The connection to the leader that only heartbeats use. The lease's real-time thread does its work
+/// and no other connection's, and it does not wait for what the rest of the agent sends.
+#[derive(Debug, Default)]
+struct LeaderLink(Mutex<Option<(NodeId, Channel)>>);
+
+impl LeaderLink {
+    fn to(&self, node: &Node, leader: NodeId) -> Result<Channel, MembershipError> {
+        let mut link = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((to, channel)) = link.as_ref()
+            && *to == leader
+        {
+            return Ok(channel.clone());
+        }
+        let channel = node.cluster().own_peer_channel(leader)?;
+        *link = Some((leader, channel.clone()));
+        Ok(channel)
+    }
 }
 
 impl Beat {
@@ -45,6 +66,7 @@ impl Beat {
             had_lease: Arc::default(),
             cleaning: Arc::default(),
             memory: Arc::new(memory),
+            link: Arc::default(),
         }
     }
 
@@ -116,9 +138,10 @@ impl Beat {
         let had_lease = self.had_lease.clone();
         let cleaning = self.cleaning.clone();
         let memory = self.memory.clone();
+        let link = self.link.clone();
         tokio::spawn(async move {
             let sequence = node.lease.begin_heartbeat();
-            let answer = tokio::time::timeout(limit, ask_leader(&node, sequence)).await;
+            let answer = tokio::time::timeout(limit, ask_leader(&node, &link, sequence)).await;
             match answer {
                 Ok(Ok(answer)) if answer.sequence != sequence => {
                     tracing::warn!("the leader answered another heartbeat than was sent");
@@ -144,17 +167,19 @@ impl Beat {
     }
 }
 
-async fn ask_leader(node: &Node, sequence: u64) -> Result<HeartbeatResponse, tonic::Status> {
+async fn ask_leader(
+    node: &Node,
+    link: &LeaderLink,
+    sequence: u64,
+) -> Result<HeartbeatResponse, tonic::Status> {
     let leader = node.cluster().leader();
     let leader = leader.ok_or_else(|| tonic::Status::unavailable("no leader is known"))?;
     let request = HeartbeatRequest { node_id: node.id.0, sequence, report: Some(node.report()) };
     if leader == node.id {
         return node.leader.heartbeat(node, node.id, request).await;
     }
-    let channel = node
-        .cluster()
-        .peer_channel(leader)
-        .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+    let channel =
+        link.to(node, leader).map_err(|error| tonic::Status::unavailable(error.to_string()))?;
     Ok(PeerClient::new(channel).heartbeat(request).await?.into_inner())
 }
 
