@@ -10,9 +10,10 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use tonic::Status;
 
+use crate::certificates;
 use crate::consensus::{Forward, Forwarded, MemberNode};
 use crate::identity::token::{Token, TokenRecord, TokenUse};
-use crate::identity::{Ca, request_key_hash};
+use crate::identity::{Ca, Life, request_key_hash};
 use crate::node::Node;
 use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
 
@@ -22,6 +23,9 @@ const TOKEN_TTL_S: u32 = 3600;
 const TOKEN_TTL_MAX_S: u32 = 7 * 24 * 3600;
 /// Attempts of a transaction whose compares meet concurrent changes.
 const ATTEMPTS: usize = 16;
+
+/// The CA's key and certificate.
+pub(crate) const CA_KEY: &str = "priv/ca";
 
 fn key(rest: &str) -> String {
     format!("{}{rest}", keys::PRIV)
@@ -61,10 +65,11 @@ pub(crate) async fn write_first_records(
     ca: &Ca,
     name: &Name,
 ) -> Result<(), InitError> {
+    // The node records its certificate by itself, now or a moment later: here it would be a conflict.
     let txn = Txn::new()
         .by("system")
-        .if_absent(key("ca"))
-        .put(key("ca"), to_json(ca)?)
+        .if_absent(CA_KEY)
+        .put(CA_KEY, to_json(ca)?)
         .put(key("next-node-id"), to_json(&2u64)?)
         .put(name_key(name.as_str()), to_json(&1u64)?);
     match node.txn(txn).await? {
@@ -79,8 +84,8 @@ async fn read(node: &Node, key: &str) -> Result<Option<KeyValue>, StoreError> {
     Ok(node.get(key, Consistency::Linearizable).await?.0)
 }
 
-async fn ca(node: &Node) -> Result<Ca, StoreError> {
-    match read(node, &key("ca")).await? {
+pub(crate) async fn ca(node: &Node) -> Result<Ca, StoreError> {
+    match read(node, CA_KEY).await? {
         Some(kv) => from_json(&kv),
         None => Err(StoreError::Failed { why: "the cluster's CA record is missing".to_owned() }),
     }
@@ -98,7 +103,7 @@ pub(crate) async fn create_token(
         return Err(MembershipError::Invalid(text));
     }
     let random = |error: &dyn std::fmt::Display| MembershipError::Invalid(error.to_string());
-    let record = &node.identity().record;
+    let record = node.identity();
     // This node first: it is surely up.
     let mut members = node.members();
     members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
@@ -138,9 +143,7 @@ pub(crate) async fn issue_client(
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
     let ca = ca(node).await?;
-    let certificate_pem = ca
-        .sign_client(&node.identity().record.cluster_id, name.as_str(), csr_pem)
-        .map_err(|error| MembershipError::Invalid(error.to_string()))?;
+    let certificate_pem = certificates::issue_client(node, &ca, name.as_str(), csr_pem).await?;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
     Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
 }
@@ -187,10 +190,14 @@ pub(crate) async fn enrol(
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     let id = admit(node, &request, &name, &key_hash).await?;
     let ca = ca(node).await?;
-    let record = &node.identity().record;
+    let record = node.identity();
+    let life = Life::from_now(node.config().certificates.node);
     let certificate_pem = ca
-        .sign_node(&record.cluster_id, id, &request.csr_pem)
+        .sign_node(&record.cluster_id, id, &request.csr_pem, life)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    // Also for one that was let in before, but did not get the answer.
+    let noted = certificates::recorded(Txn::new().by("system"), &certificate_pem)?;
+    node.txn(noted).await?;
     let member = MemberNode {
         name: name.to_string(),
         api_address: request.api_address,
@@ -353,7 +360,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         Vec::new()
     };
     let metrics = node.metrics();
-    let record = &node.identity().record;
+    let record = node.identity();
     let members = node.members();
     let voters = members.iter().filter(|member| member.voter).count();
     let up = members
@@ -390,6 +397,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
         // The agent knows what runs where.
         if_fails: Vec::new(),
+        verification: crate::verify::last(node),
     }
 }
 

@@ -13,7 +13,7 @@ use openraft::{OptionalSend, RaftLogReader};
 
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use crate::machine::{decode, encode};
-use crate::storage::{Cf, Db};
+use crate::storage::{Cf, Db, View};
 
 const VOTE: &[u8] = b"vote";
 const COMMITTED: &[u8] = b"committed";
@@ -51,6 +51,13 @@ impl LogStore {
     fn setting<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> io::Result<Option<T>> {
         self.db.view(|view| view.raw(Cf::Vote, key)?.map(|bytes| decode(&bytes)).transpose())
     }
+}
+
+/// The last index that a database knows to be committed.
+pub(super) fn committed(view: &View<'_>) -> io::Result<u64> {
+    let row = view.raw(Cf::Vote, COMMITTED)?;
+    let id: Option<Option<LogId>> = row.map(|bytes| decode(&bytes)).transpose()?;
+    Ok(id.flatten().map_or(0, |id| id.index))
 }
 
 fn index_of(key: &[u8]) -> io::Result<u64> {

@@ -8,13 +8,15 @@ use futures::{Stream, StreamExt};
 use openraft::raft::AppendEntriesRequest;
 use proto::NodeId;
 use proto::v1::raft_server::Raft as RaftApi;
-use proto::v1::{RaftMessage, SnapshotChunk};
+use proto::v1::{RaftMessage, RenewRequest, RenewResponse, SnapshotChunk};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::network::{REMOVED, from_message, to_message};
+use super::checksum::Checked;
+use super::network::{from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::certificates;
 use crate::host::blocking;
 use crate::machine::{Reply, TxnCommand};
 use crate::membership::check_described;
@@ -43,6 +45,10 @@ pub(crate) enum Forward {
     Describe { id: u64, node: MemberNode },
     /// Change the label that people see.
     Rename { id: u64, name: String },
+    /// Have every member compute a checksum at one place of the log.
+    Check,
+    /// What came of that on the member that is asked, leader or not.
+    Checked { index: u64 },
 }
 
 /// What the leader answers.
@@ -74,6 +80,8 @@ pub(crate) enum Forwarded {
     Leader(u64),
     /// Not done, and trying again will not help: why.
     Refused(String),
+    /// A member's checksum.
+    Checked(Checked),
 }
 
 /// Serves Raft's messages.
@@ -87,13 +95,10 @@ impl RaftService {
         Self { node }
     }
 
-    /// The caller is a node, and was not removed.
+    /// The caller is a node, was not removed, and its certificate was not revoked.
     fn admit<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
-        let id = require_node(request)?;
-        if self.node.was_removed(id) {
-            return Err(Status::permission_denied(REMOVED));
-        }
-        Ok(id)
+        self.node.admit(request)?;
+        require_node(request)
     }
 
     /// Refuses what would have to be written, while there is no room for it.
@@ -251,5 +256,21 @@ impl RaftApi for RaftService {
         // Less than the asking member waits: it is to hear what became of it.
         let limit = self.node.config().request_timeout / 2;
         Ok(Response::new(to_message(&self.node.lead(asked, limit).await)?))
+    }
+
+    async fn renew(
+        &self,
+        request: Request<RenewRequest>,
+    ) -> Result<Response<RenewResponse>, Status> {
+        let from = self.admit(&request)?;
+        let request = request.into_inner();
+        if request.node_id != from.0 {
+            return Err(Status::permission_denied(format!(
+                "node {from} asks for node {}'s certificate; a node gets its own only",
+                request.node_id
+            )));
+        }
+        let certificate_pem = certificates::issue_next(&self.node, &request).await?;
+        Ok(Response::new(RenewResponse { certificate_pem }))
     }
 }

@@ -16,7 +16,7 @@ pub(super) fn failed(error: std::io::Error) -> StoreError {
 
 impl Node {
     /// Waits until a read here is as fresh as asked.
-    pub(super) async fn ready(&self, consistency: Consistency) -> Result<(), StoreError> {
+    pub(crate) async fn ready(&self, consistency: Consistency) -> Result<(), StoreError> {
         self.alive()?;
         match consistency {
             Consistency::Stale if *self.recovered.borrow() => Ok(()),
@@ -136,7 +136,7 @@ impl Node {
 }
 
 /// A removal that is only announced does not shut the node out: it may still be withdrawn.
-fn removed(row: &[u8]) -> bool {
+pub(super) fn removed(row: &[u8]) -> bool {
     let Ok(record) = decode::<Record>(row) else { return false };
     serde_json::from_slice::<RemovalRecord>(&record.value)
         .is_ok_and(|record| record.state == RemovalState::Removed)

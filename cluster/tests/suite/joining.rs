@@ -79,13 +79,16 @@ fn a_token_of_another_cluster_is_not_told_to_this_one() -> Outcome {
 
 /// A TLS client's identity, PEM.
 #[derive(Clone)]
-struct Papers {
-    key: String,
-    certificate: String,
+pub(crate) struct Papers {
+    pub(crate) key: String,
+    pub(crate) certificate: String,
 }
 
-/// Dials as the given client (or as nobody), trusting `ca_pem`.
-fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outcome<Channel> {
+/// What a client (or nobody) shakes hands with, trusting `ca_pem`.
+pub(crate) fn client_tls(
+    ca_pem: &str,
+    papers: Option<Papers>,
+) -> Outcome<Arc<rustls::ClientConfig>> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(ca_pem.as_bytes())?)?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -100,7 +103,18 @@ fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outc
         None => builder.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![b"h2".to_vec()];
-    let (tls, name) = (Arc::new(tls), ServerName::try_from(name.to_owned())?);
+    Ok(Arc::new(tls))
+}
+
+/// Dials as the given client (or as nobody), trusting `ca_pem`.
+pub(crate) fn dial(
+    address: &str,
+    ca_pem: &str,
+    name: &str,
+    papers: Option<Papers>,
+) -> Outcome<Channel> {
+    let tls = client_tls(ca_pem, papers)?;
+    let name = ServerName::try_from(name.to_owned())?;
     let address = address.to_owned();
     let endpoint = Endpoint::from_static("http://member.holdfast").timeout(LIMIT);
     Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
@@ -113,7 +127,7 @@ fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outc
     })))
 }
 
-fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
+pub(crate) fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
     let key = rcgen::KeyPair::generate()?;
     let csr = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
     let client = client.to_owned();

@@ -8,10 +8,14 @@ mod ports;
 #[path = "../../../tests/src/skip.rs"]
 mod skip;
 
+mod backup;
+mod certificates;
 mod durability;
 mod history;
 mod joining;
 mod membership;
+mod recover;
 mod replication;
 mod tree;
+mod verify;
 mod watches;
