@@ -336,6 +336,7 @@ impl Cluster {
         certificates::shown_own(&self.node, &self.node.certificate()).unwrap_or_default()
     }
     /// Gets this node a new certificate on a new key now; it is shown from the next handshake on.
+    /// What was begun is ended, also where nobody waits for it any more.
     ///
     /// # Errors
     /// [`MembershipError::NotRenewed`]
@@ -343,8 +344,8 @@ impl Cluster {
         self.node.renew().await?;
         Ok(self.certificate())
     }
-    /// Has all certificates of a client, or the one with this serial number, count no more: new
-    /// connections and requests are refused, open connections are cut. `by`: who asked for it.
+    /// Has all certificates of a client, or the one with this serial number, count no more, for ever:
+    /// new connections and requests are refused, open connections are cut. `by`: who asked for it.
     ///
     /// # Errors
     /// [`MembershipError::UnknownCertificate`]; `Invalid` for what a member works with.

@@ -138,7 +138,8 @@ pub struct CertificateLives {
     pub node: Duration,
     /// A client's.
     pub client: Duration,
-    /// So long after its end a certificate is still listed.
+    /// So long after its end a certificate is still listed, and until each node has got its own since;
+    /// one that was revoked for ever.
     pub memory: Duration,
 }
 

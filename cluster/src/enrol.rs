@@ -114,6 +114,7 @@ fn identity(
             node_name: name.to_string(),
         },
         pair: Pair::new(key_pem, &answer.certificate_pem),
+        previous: None,
         ca_pem: answer.ca_pem,
     })
 }

@@ -317,9 +317,9 @@ pub enum MembershipError {
         "node {0} cannot remove itself: once it is no member it cannot finish the removal; ask another node for it"
     )]
     Itself(NodeId),
-    /// No such certificate, or it has expired.
+    /// No such certificate.
     #[error(
-        "no certificate that is still good is of a client `{0}` or has this serial number; see `clusterctl cluster cert list`"
+        "no certificate is of a client `{0}` or has this serial number; see `clusterctl cluster cert list`"
     )]
     UnknownCertificate(String),
     /// A node goes on with the certificate that it has.

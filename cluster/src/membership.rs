@@ -194,9 +194,9 @@ pub(crate) async fn enrol(
     let life = Life::from_now(node.config().certificates.node);
     let certificate_pem = ca
         .sign_node(&record.cluster_id, id, &request.csr_pem, life)
-        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        .map_err(|error| certificates::not_signed(&error))?;
     // Also for one that was let in before, but did not get the answer.
-    let noted = certificates::recorded(Txn::new().by("system"), &certificate_pem)?;
+    let noted = certificates::enrolled(Txn::new().by("system"), &certificate_pem)?;
     node.txn(noted).await?;
     let member = MemberNode {
         name: name.to_string(),

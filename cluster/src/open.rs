@@ -110,6 +110,7 @@ impl Uninitialized {
             ca.sign_node(&cluster_id, node_id, &csr, life).map_err(|error| made(&error))?;
         let identity = Identity {
             pair: Pair::new(&key_pem, &certificate),
+            previous: None,
             ca_pem: ca.certificate_pem.clone(),
             record: NodeIdentity {
                 cluster_id,
@@ -130,12 +131,7 @@ impl Uninitialized {
         Ok(Cluster::new(node))
     }
 
-    async fn first_records(
-        &self,
-        node: &Node,
-        ca: &Ca,
-        name: &Name,
-    ) -> Result<(), InitError> {
+    async fn first_records(&self, node: &Node, ca: &Ca, name: &Name) -> Result<(), InitError> {
         let member = MemberNode::of(name.as_str(), &self.config);
         lead::initialize(node.raft(), 1, member)
             .await

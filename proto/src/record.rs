@@ -258,7 +258,8 @@ impl VerificationOutcome {
     }
 }
 
-/// A certificate that the cluster's CA has issued. It stays until some time after its end.
+/// A certificate that the cluster's CA has issued. It stays until some time after its end; one that
+/// was revoked stays for ever.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateRecord {
     /// Whose it is.
@@ -269,6 +270,10 @@ pub struct CertificateRecord {
     pub expires_unix_s: u64,
     /// SHA-256 of its public key, hexadecimal: no key gets a second certificate.
     pub key_hash: String,
+    /// Its node may show it. Set before the node first does, cleared once the node shows another
+    /// one; of a client's nothing is known.
+    #[serde(default)]
+    pub in_use: bool,
     /// It counts no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked: Option<Revocation>,

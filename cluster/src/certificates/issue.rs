@@ -7,7 +7,7 @@ use proto::v1::RenewRequest;
 use proto::{NodeId, Revision, keys};
 use tonic::Status;
 
-use super::{all, recorded};
+use super::{all, not_signed, recorded};
 use crate::consensus::{REMOVED, lead};
 use crate::identity::{Ca, Life, check_renewal, request_key_hash};
 use crate::membership::{self, from_json, unix_now_s};
@@ -44,9 +44,8 @@ fn judge(request: &RenewRequest, facts: &Facts<'_>) -> Result<(), Status> {
             "the request was made {off_s} s from now by the leader's clock, at most {CLOCK_MAX_S} s are allowed: set node {id}'s clock, or the leader's (`timedatectl set-ntp true`)"
         )));
     }
-    let invalid = |error: &dyn std::fmt::Display| Status::invalid_argument(error.to_string());
-    check_renewal(facts.cluster_id, id, &request.csr_pem).map_err(|error| invalid(&error))?;
-    let key_hash = request_key_hash(&request.csr_pem).map_err(|error| invalid(&error))?;
+    check_renewal(facts.cluster_id, id, &request.csr_pem).map_err(|error| not_signed(&error))?;
+    let key_hash = request_key_hash(&request.csr_pem).map_err(|error| not_signed(&error))?;
     if facts.keys.contains(key_hash.as_str()) {
         return Err(Status::already_exists(
             "there is a certificate on this key already: this request was made before; a renewal brings a new key",
@@ -55,7 +54,8 @@ fn judge(request: &RenewRequest, facts: &Facts<'_>) -> Result<(), Status> {
     Ok(())
 }
 
-/// Signs a node's next certificate, if this node leads. PEM.
+/// Signs a node's next certificate, if this node leads. PEM. Nobody shows it yet: whether its node
+/// ever does, it says itself.
 pub(crate) async fn issue_next(node: &Node, request: &RenewRequest) -> Result<String, Status> {
     let metrics = node.metrics();
     if !lead::leads(&metrics) {
@@ -86,7 +86,7 @@ pub(crate) async fn issue_next(node: &Node, request: &RenewRequest) -> Result<St
     let signed = membership::ca(node)
         .await?
         .sign_node(cluster_id, id, &request.csr_pem, life)
-        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        .map_err(|error| not_signed(&error))?;
     let still = leaving.map_or(Revision(0), |kv| kv.mod_revision);
     let txn = recorded(Txn::new().by("system").if_revision(removal, still), &signed)?;
     if node.txn(txn).await?.committed() {

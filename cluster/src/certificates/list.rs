@@ -1,24 +1,32 @@
 //! What is shown of certificates, and of their states.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use proto::record::{CertificateHolder, CertificateRecord};
 use proto::{NodeId, Revision, v1};
 
-use super::{Known, all, newest, record_of, removed};
-use crate::identity::{Certificate, dates};
+use super::{Known, all, record_of, removed, shown_since};
+use crate::identity::{BACKDATE_S, Certificate, dates};
 use crate::membership::unix_now_s;
 use crate::node::Node;
 use crate::{Consistency, StoreError};
 
-/// How a certificate is shown. `newest`: its node has no later one. `removed`: its node is no member.
-fn state(record: &CertificateRecord, now_unix_s: u64, newest: bool, removed: bool) -> &'static str {
+/// How a certificate is shown. `replaced`: its node shows a later one. `removed`: its node is no
+/// member.
+fn state(
+    record: &CertificateRecord,
+    now_unix_s: u64,
+    replaced: bool,
+    removed: bool,
+) -> &'static str {
     let life_s = record.expires_unix_s.saturating_sub(record.issued_unix_s);
     let left_s = record.expires_unix_s.saturating_sub(now_unix_s);
     match record.holder {
         _ if record.revoked.is_some() || removed => "revoked",
         _ if left_s == 0 => "expired",
-        CertificateHolder::Node(_) if !newest => "replaced",
+        CertificateHolder::Node(_) if !record.in_use && replaced => "replaced",
+        CertificateHolder::Node(_) if !record.in_use => "unused",
+        _ if now_unix_s < record.issued_unix_s.saturating_sub(BACKDATE_S) => "future",
         // A node asks for the next one with a third left.
         CertificateHolder::Node(_) if left_s < life_s / 4 => "expiring",
         CertificateHolder::Client(_) if left_s < life_s / 8 => "expiring",
@@ -31,15 +39,13 @@ pub(crate) async fn list(node: &Node) -> Result<Vec<v1::Certificate>, StoreError
     let now_unix_s = unix_now_s();
     let mut known = all(node, Consistency::Linearizable).await?;
     known.sort_by(|a, b| {
-        let order = |known: &Known| {
-            (known.record.holder.clone(), std::cmp::Reverse(known.record.issued_unix_s))
-        };
+        let order = |known: &Known| (known.record.holder.clone(), std::cmp::Reverse(known.created));
         order(a).cmp(&order(b))
     });
     let removed = removed(node).await?;
-    let newest = newest(&known);
+    let since = shown_since(&known);
     let mut shown: Vec<_> = authority(node, now_unix_s).into_iter().collect();
-    shown.extend(known.iter().map(|one| show(node, one, now_unix_s, &newest, &removed)));
+    shown.extend(known.iter().map(|one| show(node, one, now_unix_s, &since, &removed)));
     Ok(shown)
 }
 
@@ -60,7 +66,7 @@ pub(super) fn show(
     node: &Node,
     known: &Known,
     now_unix_s: u64,
-    newest: &BTreeSet<String>,
+    since: &BTreeMap<NodeId, Revision>,
     removed: &BTreeMap<NodeId, String>,
 ) -> v1::Certificate {
     let Known { serial, record, .. } = known;
@@ -74,6 +80,7 @@ pub(super) fn show(
         }
     };
     let gone = removed.contains_key(&id);
+    let replaced = since.get(&id).is_some_and(|since| known.created < *since);
     v1::Certificate {
         kind: kind.to_owned(),
         name,
@@ -81,17 +88,17 @@ pub(super) fn show(
         serial: serial.clone(),
         issued_unix_s: record.issued_unix_s,
         expires_unix_s: record.expires_unix_s,
-        state: state(record, now_unix_s, newest.contains(serial), gone).to_owned(),
+        state: state(record, now_unix_s, replaced, gone).to_owned(),
         trouble: record.trouble.clone().unwrap_or_default(),
     }
 }
 
 /// A node's own certificate as the list shows it.
 pub(crate) fn shown_own(node: &Node, own: &Certificate) -> Option<v1::Certificate> {
-    let known =
-        Known { serial: own.serial.clone(), record: record_of(own)?, revision: Revision(0) };
-    let newest = [own.serial.clone()].into();
-    Some(show(node, &known, unix_now_s(), &newest, &BTreeMap::new()))
+    let record = CertificateRecord { in_use: true, ..record_of(own)? };
+    let (created, revision) = (Revision(0), Revision(0));
+    let known = Known { serial: own.serial.clone(), record, created, revision };
+    Some(show(node, &known, unix_now_s(), &BTreeMap::new(), &BTreeMap::new()))
 }
 
 #[cfg(test)]
@@ -103,15 +110,20 @@ mod tests {
 
     #[test]
     fn states_say_what_a_certificate_is_good_for() {
-        let node = known("aa", CertificateHolder::Node(NodeId(1)), NOW).record;
+        let unused = known("aa", CertificateHolder::Node(NodeId(1)), NOW).record;
+        let node = CertificateRecord { in_use: true, ..unused.clone() };
         let client = known("bb", CertificateHolder::Client("ann".to_owned()), NOW).record;
         let cases = [
+            (state(&node, NOW, false, false), "valid"),
+            (state(&node, NOW + 850, false, false), "valid"),
+            (state(&node, NOW + 950, false, false), "expiring"),
+            // While it changes from one to the other it may show either.
             (state(&node, NOW, true, false), "valid"),
-            (state(&node, NOW + 850, true, false), "valid"),
-            (state(&node, NOW + 950, true, false), "expiring"),
-            (state(&node, NOW + 950, false, false), "replaced"),
-            (state(&node, NOW + 1200, true, false), "expired"),
-            (state(&node, NOW, true, true), "revoked"),
+            (state(&unused, NOW + 950, true, false), "replaced"),
+            (state(&unused, NOW + 950, false, false), "unused"),
+            (state(&node, NOW - 3601, false, false), "future"),
+            (state(&node, NOW + 1200, false, false), "expired"),
+            (state(&node, NOW, false, true), "revoked"),
             (state(&client, NOW + 1000, false, false), "valid"),
             (state(&client, NOW + 1100, false, false), "expiring"),
             (state(&client, NOW + 9999, false, false), "expired"),

@@ -1,18 +1,14 @@
 //! Revocation: written into the records; each member follows them (`node/denied.rs`).
 
-use std::collections::BTreeSet;
-
 use proto::record::{CertificateHolder, Revocation};
 use proto::{keys, v1};
 
 use super::list::show;
-use super::{Known, all, newest, removed};
+use super::{ATTEMPTS, Known, all, removed, shown_since};
 use crate::membership::{to_json, unix_now_s};
 use crate::node::Node;
 use crate::{Consistency, MembershipError, Txn};
 
-/// Attempts of a transaction whose compares meet concurrent changes.
-const ATTEMPTS: usize = 16;
 /// Fewer characters of a serial number could be those of several.
 const SERIAL_MIN: usize = 8;
 
@@ -38,9 +34,9 @@ pub(crate) async fn revoke(
 ) -> Result<Vec<v1::Certificate>, MembershipError> {
     for _ in 0..ATTEMPTS {
         let known = all(node, Consistency::Linearizable).await?;
-        let (now_unix_s, newest) = (unix_now_s(), newest(&known));
-        let mut chosen = meant(&known, wanted);
-        chosen.retain(|known| known.record.expires_unix_s > now_unix_s);
+        let (now_unix_s, since) = (unix_now_s(), shown_since(&known));
+        // Those that have expired as well: by this node's clock they might only seem to.
+        let chosen = meant(&known, wanted);
         if chosen.is_empty() {
             return Err(MembershipError::UnknownCertificate(wanted.to_owned()));
         }
@@ -48,14 +44,14 @@ pub(crate) async fn revoke(
         let (mut txn, mut shown) = (Txn::new().by(by), Vec::new());
         for one in chosen {
             let mut one = one.clone();
-            check_revocable(node, &one, &newest)?;
+            check_revocable(node, &one)?;
             if one.record.revoked.is_none() {
                 let key = keys::certificate(&one.serial);
                 let by = by.to_owned();
                 one.record.revoked = Some(Revocation { at_unix_s: now_unix_s, by });
                 txn = txn.if_revision(key.clone(), one.revision).put(key, to_json(&one.record)?);
             }
-            shown.push(show(node, &one, now_unix_s, &newest, &removed));
+            shown.push(show(node, &one, now_unix_s, &since, &removed));
         }
         if txn.is_empty() || node.txn(txn).await?.committed() {
             return Ok(shown);
@@ -64,16 +60,13 @@ pub(crate) async fn revoke(
     Err(MembershipError::Invalid("its records are being changed by others; try again".to_owned()))
 }
 
-/// What a node works with now is replaced first: without it the node would be out of the cluster.
-fn check_revocable(
-    node: &Node,
-    known: &Known,
-    newest: &BTreeSet<String>,
-) -> Result<(), MembershipError> {
+/// What a member works with is replaced first: without it the node would be out of the cluster. That
+/// it begins to work with it changes the record, so this transaction comes to nothing.
+fn check_revocable(node: &Node, known: &Known) -> Result<(), MembershipError> {
     let CertificateHolder::Node(id) = known.record.holder else { return Ok(()) };
     let member = node.members().into_iter().find(|member| member.node_id == id);
     match member {
-        Some(member) if newest.contains(&known.serial) => Err(MembershipError::Invalid(format!(
+        Some(member) if known.record.in_use => Err(MembershipError::Invalid(format!(
             "node `{name}` works with this certificate; have it get another one first (`clusterctl cluster cert renew {name}`), or remove the node",
             name = member.name
         ))),
@@ -105,6 +98,5 @@ mod tests {
         for nothing in ["4ccc", "4aaaaaaa", "", "bob", "node 1"] {
             assert_eq!(count(nothing), 0, "{nothing}");
         }
-        assert_eq!(newest(&all), ["4ddddddddddddddd".to_owned()].into());
     }
 }

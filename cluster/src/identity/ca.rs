@@ -17,7 +17,12 @@ use super::names;
 
 /// A certificate is good from so long before its issue, seconds: the clocks of nodes and clients may
 /// be behind the signer's.
-pub(crate) const BACKDATE_S: u64 = 300;
+pub(crate) const BACKDATE_S: u64 = 3600;
+
+/// The CA's time, seconds since 1970: from long ago, so that a clock that is behind gets to hear about
+/// it in words, until 2070. Nothing is signed for outside of it.
+const BEGIN_UNIX_S: u64 = 1_577_836_800;
+const END_UNIX_S: u64 = 3_155_760_000;
 
 /// When a certificate begins and how long it lasts.
 #[derive(Debug, Clone, Copy)]
@@ -49,14 +54,22 @@ impl std::fmt::Debug for Ca {
     }
 }
 
-/// A certificate request that cannot be honoured.
+/// Why nothing is signed.
 #[derive(Debug, thiserror::Error)]
-#[error("the certificate request is not valid: {0}")]
-pub(crate) struct CsrError(pub(super) String);
+pub(crate) enum SignError {
+    /// Nobody could honour it.
+    #[error("the certificate request is not valid: {0}")]
+    Request(String),
+    /// The signer's clock, seconds since 1970, is surely wrong.
+    #[error(
+        "the clock of the node that signs is {0} s after 1970, outside of the time of the cluster's CA (2020 to 2070): set it (`timedatectl set-ntp true`)"
+    )]
+    Clock(u64),
+}
 
-impl From<rcgen::Error> for CsrError {
+impl From<rcgen::Error> for SignError {
     fn from(error: rcgen::Error) -> Self {
-        Self(error.to_string())
+        Self::Request(error.to_string())
     }
 }
 
@@ -66,7 +79,6 @@ impl Ca {
         let mut params = params(&format!("Holdfast CA of cluster {cluster_id}"))?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        // From long ago, so that a clock that is behind gets to hear about it in words.
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after = date_time_ymd(2070, 1, 1);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
@@ -80,7 +92,7 @@ impl Ca {
         node: NodeId,
         csr_pem: &str,
         life: Life,
-    ) -> Result<String, CsrError> {
+    ) -> Result<String, SignError> {
         let mut params = params(&common_name(node))?;
         params.subject_alt_names = vec![
             SanType::URI(names::node_uri(cluster_id, node).try_into()?),
@@ -99,7 +111,7 @@ impl Ca {
         name: &str,
         csr_pem: &str,
         life: Life,
-    ) -> Result<String, CsrError> {
+    ) -> Result<String, SignError> {
         let mut params = params(name)?;
         params.subject_alt_names =
             vec![SanType::URI(names::client_uri(cluster_id, name).try_into()?)];
@@ -112,23 +124,21 @@ impl Ca {
         mut params: CertificateParams,
         csr_pem: &str,
         life: Life,
-    ) -> Result<String, CsrError> {
+    ) -> Result<String, SignError> {
         let request = CertificateSigningRequestParams::from_pem(csr_pem)?;
+        if !(BEGIN_UNIX_S..END_UNIX_S).contains(&life.from_unix_s) {
+            return Err(SignError::Clock(life.from_unix_s));
+        }
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;
         let after = |seconds: u64| date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds);
-        // Times in certificates end with the year 9999; nothing here lasts so long.
-        let end = life.from_unix_s.saturating_add(life.lasts_s).min(LATEST_UNIX_S);
-        params.not_before = after(life.from_unix_s.saturating_sub(BACKDATE_S).min(LATEST_UNIX_S));
-        params.not_after = after(end);
+        params.not_before = after(life.from_unix_s.saturating_sub(BACKDATE_S));
+        params.not_after = after(life.from_unix_s.saturating_add(life.lasts_s).min(END_UNIX_S));
         let issuer =
             Issuer::from_ca_cert_pem(&self.certificate_pem, KeyPair::from_pem(&self.key_pem)?)?;
         Ok(params.signed_by(&request.public_key, &issuer)?.pem())
     }
 }
-
-/// 2100-01-01.
-const LATEST_UNIX_S: u64 = 4_102_444_800;
 
 fn common_name(node: NodeId) -> String {
     format!("node {node}")
@@ -170,7 +180,11 @@ pub(crate) fn renewal_request(
 
 /// Whether a request names this very node, and nobody else. Who asks for its next certificate says
 /// for whom; a request for anyone else's is a mistake or an attack.
-pub(crate) fn check_renewal(cluster_id: &str, node: NodeId, csr_pem: &str) -> Result<(), CsrError> {
+pub(crate) fn check_renewal(
+    cluster_id: &str,
+    node: NodeId,
+    csr_pem: &str,
+) -> Result<(), SignError> {
     let request = CertificateSigningRequestParams::from_pem(csr_pem)?;
     let named: Vec<&str> = request
         .params
@@ -185,7 +199,7 @@ pub(crate) fn check_renewal(cluster_id: &str, node: NodeId, csr_pem: &str) -> Re
     let expected = names::node_uri(cluster_id, node);
     if named != [expected.as_str()] {
         let shown: String = named.join(", ").chars().take(200).collect();
-        return Err(CsrError(format!("it names `{shown}`, but `{expected}` asks")));
+        return Err(SignError::Request(format!("it names `{shown}`, but `{expected}` asks")));
     }
     Ok(())
 }
@@ -197,7 +211,7 @@ pub(crate) fn request_for(key_pem: &str) -> Result<String, rcgen::Error> {
 }
 
 /// SHA-256 of a request's public key: the same for a repeated request with the same key.
-pub(crate) fn request_key_hash(csr_pem: &str) -> Result<String, CsrError> {
+pub(crate) fn request_key_hash(csr_pem: &str) -> Result<String, SignError> {
     use rcgen::PublicKeyData;
     let request = CertificateSigningRequestParams::from_pem(csr_pem)?;
     Ok(hex(digest::digest(&digest::SHA256, request.public_key.der_bytes()).as_ref()))
@@ -243,6 +257,26 @@ mod tests {
             Some(("c1".to_owned(), PeerIdentity::Client("ann".to_owned())))
         );
         assert!(ca.sign_client("c1", "ann", "garbage", life).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_is_signed_by_a_clock_that_is_surely_wrong() -> Result<(), Box<dyn std::error::Error>>
+    {
+        let (ca, (_, csr)) = (Ca::make("c1")?, request()?);
+        let (_, begin, end) = crate::identity::dates(&ca.certificate_pem).ok_or("not read")?;
+        assert_eq!((begin, end), (BEGIN_UNIX_S, END_UNIX_S));
+        let sign = |from_unix_s, lasts_s| {
+            ca.sign_node("c1", NodeId(3), &csr, Life { from_unix_s, lasts_s })
+        };
+        for wrong in [0, 1, begin - 1, end, u64::MAX] {
+            let refused = sign(wrong, 3600).err().ok_or("it was signed")?.to_string();
+            assert!(refused.contains("timedatectl"), "{refused}");
+        }
+        // It ends with the CA, and is good from an hour before: clocks may be behind.
+        let pem = sign(end - 10, u64::MAX)?;
+        let (_, from, until) = crate::identity::dates(&pem).ok_or("not read")?;
+        assert_eq!((from, until), (end - 10 - 3600, end));
         Ok(())
     }
 

@@ -1,5 +1,7 @@
 //! What stands in a certificate, and when a node asks for its next one.
 
+use std::time::Duration;
+
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -21,6 +23,17 @@ pub(crate) struct Certificate {
     pub(crate) expires_unix_s: u64,
     /// SHA-256 of its public key, hexadecimal.
     pub(crate) key_hash: String,
+}
+
+/// What a certificate is good for at some time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// TLS takes it.
+    Good,
+    /// It is over.
+    Expired,
+    /// It begins later: whoever signed it had a clock that was ahead.
+    NotYet,
 }
 
 impl Certificate {
@@ -58,10 +71,23 @@ impl Certificate {
         self.issued_unix_s.saturating_add(life_s / 3 * 2).saturating_sub(early_s)
     }
 
-    /// Whether it would last longer than a new one: certificates of earlier versions lasted until
-    /// 2060, and the configured life may have become shorter.
-    pub(crate) fn outlasts(&self, now_unix_s: u64, life_s: u64) -> bool {
-        self.expires_unix_s > now_unix_s.saturating_add(life_s).saturating_add(2 * BACKDATE_S)
+    /// What it is good for now.
+    pub(crate) fn standing(&self, now_unix_s: u64) -> Standing {
+        if now_unix_s >= self.expires_unix_s {
+            Standing::Expired
+        } else if now_unix_s < self.issued_unix_s.saturating_sub(BACKDATE_S) {
+            Standing::NotYet
+        } else {
+            Standing::Good
+        }
+    }
+
+    /// How long it is still good; nothing where it is not.
+    pub(crate) fn left(&self, now_unix_s: u64) -> Duration {
+        match self.standing(now_unix_s) {
+            Standing::Good => Duration::from_secs(self.expires_unix_s - now_unix_s),
+            Standing::Expired | Standing::NotYet => Duration::ZERO,
+        }
     }
 }
 
@@ -112,9 +138,21 @@ mod tests {
     }
 
     #[test]
-    fn one_of_an_earlier_version_is_replaced() {
-        let (now, life) = (1_800_000_000, 86_400 * 365);
-        assert!(certificate("00", 0, 2_840_140_800).outlasts(now, life));
-        assert!(!certificate("00", now, now + life).outlasts(now, life));
+    fn one_that_begins_later_is_no_better_than_one_that_is_over() {
+        let issued = 1_800_000_000;
+        let one = certificate("00", issued, issued + 100);
+        let cases = [
+            (issued - BACKDATE_S - 1, Standing::NotYet, 0),
+            (issued - BACKDATE_S, Standing::Good, BACKDATE_S + 100),
+            (issued, Standing::Good, 100),
+            (issued + 99, Standing::Good, 1),
+            (issued + 100, Standing::Expired, 0),
+            (0, Standing::NotYet, 0),
+            (u64::MAX, Standing::Expired, 0),
+        ];
+        for (now, standing, left_s) in cases {
+            let left = Duration::from_secs(left_s);
+            assert_eq!((one.standing(now), one.left(now)), (standing, left), "at {now}");
+        }
     }
 }

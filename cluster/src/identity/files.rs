@@ -1,6 +1,6 @@
-//! This node's identity on disk: `node.pem` (its certificate and the key to it, in one file, so that
-//! they always belong together), `ca.crt`, and `identity.json`, which is written last and so says
-//! that the others are complete. Earlier versions wrote `node.key` and `node.crt`.
+//! This node's identity on disk: `node.pem` (its certificate and the key to it, then the pair before
+//! where there is one: in one file, so that they always belong together), `ca.crt`, and
+//! `identity.json`, which is written last and so says that the others are complete.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -15,9 +15,9 @@ use crate::OpenError;
 
 const RECORD: &str = "identity.json";
 const PAIR: &str = "node.pem";
-const OLD_KEY: &str = "node.key";
-const OLD_CERTIFICATE: &str = "node.crt";
 const CA: &str = "ca.crt";
+/// Where a pair begins in the text of several.
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
 
 /// Who this node is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,8 @@ impl std::fmt::Debug for Pair {
 pub(crate) struct Identity {
     pub(crate) record: NodeIdentity,
     pub(crate) pair: Pair,
+    /// The pair before: for when this one turns out to be of no use.
+    pub(crate) previous: Option<Pair>,
     pub(crate) ca_pem: String,
 }
 
@@ -56,7 +58,8 @@ impl Identity {
             path: folder.join(RECORD),
             detail: format!("is not readable ({error}); restore it, or remove this node, empty its data folder and join again"),
         })?;
-        Ok(Some(Self { record, pair: Pair::load(folder)?, ca_pem: read(folder, CA)? }))
+        let (pair, previous) = Pair::load(folder)?;
+        Ok(Some(Self { record, pair, previous, ca_pem: read(folder, CA)? }))
     }
 
     /// Writes it so that it is there wholly or not at all.
@@ -64,7 +67,7 @@ impl Identity {
         let record = serde_json::to_string_pretty(&self.record).map_err(|error| {
             OpenError::Unusable { path: folder.join(RECORD), detail: error.to_string() }
         })?;
-        self.pair.store(folder)?;
+        self.pair.store(folder, self.previous.as_ref())?;
         write(folder, CA, &self.ca_pem)?;
         write(folder, RECORD, &record)
     }
@@ -85,26 +88,17 @@ impl Pair {
         Certificate::from_pem(&self.0)
     }
 
-    fn load(folder: &Path) -> Result<Self, OpenError> {
-        if folder.join(PAIR).exists() {
-            return Ok(Self(read(folder, PAIR)?));
-        }
-        Ok(Self::new(&read(folder, OLD_KEY)?, &read(folder, OLD_CERTIFICATE)?))
+    fn load(folder: &Path) -> Result<(Self, Option<Self>), OpenError> {
+        let mut present = read(folder, PAIR)?;
+        let second = present.match_indices(BEGIN).nth(1).map(|(at, _)| at);
+        let previous = second.map(|at| Self(present.split_off(at)));
+        Ok((Self(present), previous))
     }
 
-    /// Replaces the pair on disk: a crash at any point leaves the old one or the new one, whole.
-    pub(crate) fn store(&self, folder: &Path) -> Result<(), OpenError> {
-        write(folder, PAIR, &self.0)?;
-        for old in [OLD_KEY, OLD_CERTIFICATE] {
-            let path = folder.join(old);
-            match fs::remove_file(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(OpenError::Io { path, source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+    /// Replaces the pairs on disk: a crash at any point leaves the old ones or the new ones, whole.
+    pub(crate) fn store(&self, folder: &Path, previous: Option<&Self>) -> Result<(), OpenError> {
+        let previous = previous.map_or("", |previous| &previous.0);
+        write(folder, PAIR, &format!("{}{previous}", self.0))
     }
 }
 
@@ -139,13 +133,10 @@ mod tests {
     use super::*;
     use crate::identity::{Ca, Life, request};
 
-    type Parts = (Pair, String, String);
-
-    fn pair(ca: &Ca) -> Result<Parts, Box<dyn std::error::Error>> {
+    fn pair(ca: &Ca) -> Result<Pair, Box<dyn std::error::Error>> {
         let (key, csr) = request()?;
         let life = Life { from_unix_s: 1_800_000_000, lasts_s: 3600 };
-        let certificate = ca.sign_node("c1", NodeId(1), &csr, life)?;
-        Ok((Pair::new(&key, &certificate), key, certificate))
+        Ok(Pair::new(&key, &ca.sign_node("c1", NodeId(1), &csr, life)?))
     }
 
     #[test]
@@ -159,32 +150,34 @@ mod tests {
             node_name: "n1".to_owned(),
         };
         let ca_pem = ca.certificate_pem.clone();
-        let ((first, key, certificate), (second, _, next)) = (pair(&ca)?, pair(&ca)?);
-        // As an earlier version left it.
-        Identity { record, pair: first.clone(), ca_pem: ca_pem.clone() }.store(folder)?;
-        fs::remove_file(folder.join(PAIR))?;
-        write(folder, OLD_KEY, &key)?;
-        write(folder, OLD_CERTIFICATE, &certificate)?;
-        let works = |expected: &Pair| -> Result<(), Box<dyn std::error::Error>> {
-            let loaded = Identity::load(folder)?.ok_or("nothing there")?;
-            // rustls refuses a key that is not the certificate's.
-            crate::tls::Credentials::new(&loaded.pair, &ca_pem)?;
-            assert_eq!(loaded.pair.certificate(), expected.certificate());
-            Ok(())
-        };
-        works(&first)?;
+        let (first, second) = (pair(&ca)?, pair(&ca)?);
+        let identity = Identity { record, pair: first.clone(), previous: None, ca_pem };
+        identity.store(folder)?;
+        let works =
+            |expected: &Pair, before: Option<&Pair>| -> Result<(), Box<dyn std::error::Error>> {
+                let loaded = Identity::load(folder)?.ok_or("nothing there")?;
+                for (pair, expected) in
+                    [(Some(&loaded.pair), Some(expected)), (loaded.previous.as_ref(), before)]
+                {
+                    assert_eq!(pair, expected);
+                    if let Some(pair) = pair {
+                        // rustls refuses a key that is not the certificate's.
+                        crate::tls::Credentials::new(pair, &loaded.ca_pem)?;
+                    }
+                }
+                Ok(())
+            };
+        works(&first, None)?;
         // Half of the new one was written when the power went.
-        fs::write(folder.join("node.tmp"), &next[..100])?;
-        works(&first)?;
-        // The new one is there, the old files are not gone yet.
-        write(folder, PAIR, second.pem())?;
-        works(&second)?;
-        second.store(folder)?;
-        works(&second)?;
-        assert!(!folder.join(OLD_KEY).exists() && !folder.join(OLD_CERTIFICATE).exists());
+        fs::write(folder.join("node.tmp"), &second.pem()[..100])?;
+        works(&first, None)?;
+        second.store(folder, Some(&first))?;
+        works(&second, Some(&first))?;
         // What was read can be written again.
         Identity::load(folder)?.ok_or("nothing there")?.store(folder)?;
-        works(&second)?;
+        works(&second, Some(&first))?;
+        second.store(folder, None)?;
+        works(&second, None)?;
         let mode = fs::metadata(folder.join(PAIR))?.permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         Ok(())

@@ -1,49 +1,109 @@
 //! This node's own certificate: gets the next one in time, shows it from then on, keeps it on disk.
 //!
 //! ```text
-//!   due, asked for ──► new key ──► the leader signs ──► on disk ──► in each new handshake
+//!   due, asked for ──► new key ──► the leader signs ──► claimed ──► on disk ──► in each new handshake
 //!                         │ fails: again, later and later; why is in the record, for the list
-//!                         └ expired (the node was off too long): it signs with the CA's key itself
+//!                         └ its own is over, or not good yet: it helps itself (`alone.rs`)
 //! ```
+//!
+//! Invariant: wherever a renewal stops, the node goes on with a certificate that it has claimed. One
+//! that it claimed and does not show is given back when it settles; one that it never claimed stays
+//! in the records as unused.
 
+mod alone;
+
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use proto::NodeId;
 use proto::v1::RenewRequest;
 
 use super::Node;
-use crate::certificates;
+use crate::certificates::{self, ClaimError};
 use crate::consensus::{lead, renew};
 use crate::host::blocking;
-use crate::identity::{Ca, Certificate, Identity, Life, Pair, fingerprint, renewal_request};
-use crate::machine::{Read, Record, Table, decode};
-use crate::membership::{CA_KEY, unix_now_s};
+use crate::identity::{Certificate, Identity, Pair, Standing, renewal_request};
+use crate::membership::unix_now_s;
 use crate::storage::Db;
 use crate::tls::{Credentials, PeerIdentity};
-use crate::{ClusterConfig, MembershipError};
+use crate::{ClusterConfig, MembershipError, StoreError};
 
 /// Between two looks at most.
 const LOOK_MAX: Duration = Duration::from_secs(60);
 const LOOK_MIN: Duration = Duration::from_millis(100);
 /// Between two attempts at most.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
+/// Between two attempts where the certificate is of no use, or about to be.
+const PAUSE_URGENT: Duration = Duration::from_secs(5);
 
 /// What this node knows of its own certificate.
 #[derive(Debug)]
 pub(super) struct Renewal {
-    present: Mutex<Certificate>,
+    held: Mutex<Held>,
+    /// The next pair, whose use failed: it is tried again before another is asked for.
+    next: Mutex<Option<Pair>>,
+    /// The records say which certificate this node shows.
+    settled: AtomicBool,
     /// One renewal of this node at a time.
     one: tokio::sync::Mutex<()>,
     /// One signature for others at a time.
     issuing: tokio::sync::Mutex<()>,
 }
 
+/// The pair that a node shows, and the one before.
+#[derive(Debug, Clone)]
+struct Held {
+    certificate: Certificate,
+    pair: Pair,
+    previous: Option<Pair>,
+}
+
+impl Held {
+    /// Refuses what is no certificate of this node.
+    fn of(id: NodeId, pair: &Pair, previous: Option<Pair>) -> Result<Self, String> {
+        let certificate = pair.certificate().ok_or("it is no certificate of a node")?;
+        if certificate.holder != PeerIdentity::Node(id) {
+            return Err(format!("it is a certificate of {}", certificate.holder));
+        }
+        Ok(Self { certificate, pair: pair.clone(), previous })
+    }
+}
+
+/// Whose certificates these are.
+#[derive(Debug, Clone, Copy)]
+struct Owner<'a> {
+    cluster_id: &'a str,
+    id: NodeId,
+    ca_pem: &'a str,
+    /// How long one lasts that the node signs itself.
+    life: Duration,
+}
+
 impl Renewal {
-    /// None where the certificate cannot be read.
-    pub(super) fn of(pair: &Pair) -> Option<Self> {
-        let present = Mutex::new(pair.certificate()?);
-        let (one, issuing) = (tokio::sync::Mutex::default(), tokio::sync::Mutex::default());
-        Some(Self { present, one, issuing })
+    /// None where the certificate is none of this node.
+    pub(super) fn of(identity: &Identity) -> Option<Self> {
+        let previous = identity.previous.clone();
+        let held = Held::of(identity.record.node_id, &identity.pair, previous).ok()?;
+        Some(Self {
+            held: Mutex::new(held),
+            next: Mutex::default(),
+            settled: AtomicBool::new(false),
+            one: tokio::sync::Mutex::default(),
+            issuing: tokio::sync::Mutex::default(),
+        })
+    }
+
+    fn held(&self) -> Held {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn next(&self) -> Option<Pair> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_next(&self, next: Option<Pair>) {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = next;
     }
 }
 
@@ -52,54 +112,43 @@ fn look_every(config: &ClusterConfig) -> Duration {
     (config.certificates.node / 50).clamp(LOOK_MIN, LOOK_MAX)
 }
 
-/// After so many failures in a row.
-fn pause(look: Duration, failures: u32) -> Duration {
-    look.saturating_mul(1u32.checked_shl(failures.min(16)).unwrap_or(u32::MAX)).min(PAUSE_MAX)
+/// Until the next look, after so many failures in a row; `left`: how long the certificate is still
+/// good. Many attempts come before its end, and they go on after it.
+fn pause(look: Duration, failures: u32, left: Duration) -> Duration {
+    let later = look.saturating_mul(1u32.checked_shl(failures.min(16)).unwrap_or(u32::MAX));
+    later.min(PAUSE_MAX).min(left / 10).max(look.min(PAUSE_URGENT))
 }
 
-/// A certificate for this node, signed by itself with the CA's key: every member has it. Only for one
-/// that has expired: with that the leader, or whoever could elect one, would not talk to it.
-fn sign_alone(
-    config: &ClusterConfig,
-    cluster_id: &str,
-    id: proto::NodeId,
-    ca_pem: &str,
-    db: &Db,
-) -> Result<Pair, String> {
-    let row = db.view(|view| view.get(Table::Data, CA_KEY.as_bytes()));
-    let row = row.map_err(|error| error.to_string())?.ok_or("it has no copy of the CA's key")?;
-    let record: Record = decode(&row).map_err(|error| error.to_string())?;
-    let ca: Ca = serde_json::from_slice(&record.value).map_err(|error| error.to_string())?;
-    if fingerprint(&ca.certificate_pem) != fingerprint(ca_pem) {
-        return Err("its copy of the CA's key is another CA's".to_owned());
-    }
-    let (key, csr) = renewal_request(cluster_id, id).map_err(|error| error.to_string())?;
-    let life = Life::from_now(config.certificates.node);
-    let signed = ca.sign_node(cluster_id, id, &csr, life).map_err(|error| error.to_string())?;
-    Ok(Pair::new(&key, &signed))
-}
-
-/// At the start: a certificate that has expired is of no use to anybody.
-pub(super) fn renew_if_over(
+/// At the start: a certificate that is over, or not good yet, is of no use to anybody.
+pub(super) fn replace_if_useless(
     config: &ClusterConfig,
     identity: &mut Identity,
     db: &Db,
 ) -> Result<(), String> {
-    let Some(present) = identity.pair.certificate() else {
-        return Err("node.pem holds no certificate of a node; remove this node from the cluster, empty its data folder and join again".to_owned());
-    };
-    if unix_now_s() < present.expires_unix_s {
+    let (id, previous) = (identity.record.node_id, identity.previous.clone());
+    let held = Held::of(id, &identity.pair, previous).map_err(|why| {
+        format!("node.pem: {why}; remove this node from the cluster, empty its data folder and join again")
+    })?;
+    let now_unix_s = unix_now_s();
+    let standing = held.certificate.standing(now_unix_s);
+    if standing == Standing::Good {
         return Ok(());
     }
-    let (cluster_id, id) = (&identity.record.cluster_id, identity.record.node_id);
-    match sign_alone(config, cluster_id, id, &identity.ca_pem, db) {
-        Ok(pair) => {
-            tracing::warn!("this node's certificate had expired; it has signed another one");
-            pair.store(&config.data_dir).map_err(|error| error.to_string())?;
-            identity.pair = pair;
+    let owner = Owner {
+        cluster_id: &identity.record.cluster_id,
+        id,
+        ca_pem: &identity.ca_pem,
+        life: config.certificates.node,
+    };
+    match alone::replacement(&owner, &held, db, now_unix_s) {
+        Ok(next) => {
+            tracing::warn!(?standing, serial = %next.certificate.serial, "this node's certificate was of no use at this time; it goes on with another one");
+            let stored = next.pair.store(&config.data_dir, next.previous.as_ref());
+            stored.map_err(|error| error.to_string())?;
+            (identity.pair, identity.previous) = (next.pair, next.previous);
         }
         Err(why) => {
-            tracing::error!(%why, "this node's certificate has expired; the other members will not talk to it: remove it from the cluster, empty its data folder and join again")
+            tracing::error!(?standing, %why, "this node's certificate is of no use at this time; the other members will not talk to it: set the clock (`timedatectl set-ntp true`), or else remove the node from the cluster, empty its data folder and join again");
         }
     }
     Ok(())
@@ -113,28 +162,33 @@ pub(super) async fn keep(node: Arc<Node>) {
         if node.alive().is_err() {
             return;
         }
-        match node.tend_certificate().await {
+        match node.renew_if_due().await {
             Ok(()) => failures = 0,
             Err(why) => {
                 failures = failures.saturating_add(1);
-                let again = pause(look, failures);
-                tracing::warn!(%why, failures, ?again, "this node did not get its next certificate");
+                tracing::warn!(%why, failures, "this node did not get its next certificate");
                 let _ = certificates::note_trouble(&node, &node.certificate(), &why).await;
             }
+        }
+        if let Err(error) = node.settle().await {
+            tracing::debug!(%error, "which certificate this node shows is not recorded yet");
         }
         if lead::leads(&node.metrics())
             && let Err(error) = certificates::forget(&node).await
         {
             tracing::debug!(%error, "old certificates are not forgotten yet");
         }
-        tokio::time::sleep(pause(look, failures)).await;
+        let left = node.certificate().left(unix_now_s());
+        let settled = node.renewal.settled.load(Ordering::SeqCst);
+        let look = if settled { look } else { look.min(PAUSE_URGENT) };
+        tokio::time::sleep(pause(look, failures, left)).await;
     }
 }
 
 impl Node {
     /// The certificate that this node shows now.
     pub(crate) fn certificate(&self) -> Certificate {
-        self.renewal.present.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.renewal.held().certificate
     }
 
     /// Held while a certificate is judged, signed and recorded.
@@ -142,35 +196,76 @@ impl Node {
         self.renewal.issuing.lock().await
     }
 
-    async fn tend_certificate(&self) -> Result<(), String> {
+    async fn renew_if_due(self: &Arc<Self>) -> Result<(), String> {
         let (present, now_unix_s) = (self.certificate(), unix_now_s());
-        let life_s = self.config.certificates.node.as_secs();
-        if now_unix_s >= present.due_unix_s() || present.outlasts(now_unix_s, life_s) {
-            return self.renew().await.map(drop).map_err(|error| error.to_string());
+        if present.standing(now_unix_s) == Standing::Good && now_unix_s < present.due_unix_s() {
+            return Ok(());
         }
-        if let Err(error) = certificates::record_own(self, &present).await {
-            tracing::debug!(%error, "this node's certificate is not recorded yet");
+        self.renew().await.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Has the records say which certificate this node shows.
+    async fn settle(&self) -> Result<(), StoreError> {
+        let _one = self.renewal.one.lock().await;
+        if !self.renewal.settled.load(Ordering::SeqCst)
+            && certificates::settle(self, &self.certificate()).await?
+        {
+            self.renewal.settled.store(true, Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// Gets this node its next certificate now.
-    pub(crate) async fn renew(&self) -> Result<Certificate, MembershipError> {
+    /// Gets this node its next certificate now. In a task of its own: whoever asked for it may go.
+    pub(crate) async fn renew(self: &Arc<Self>) -> Result<Certificate, MembershipError> {
+        let node = self.clone();
+        let renewing = tokio::spawn(async move {
+            let renewed = node.renew_to_the_end().await?;
+            // From here on the one before can be revoked. Where this fails, it is done later.
+            if let Err(error) = node.settle().await {
+                tracing::debug!(%error, "which certificate this node shows is not recorded yet");
+            }
+            Ok(renewed)
+        });
+        let renewed = renewing.await.unwrap_or_else(|error| Err(error.to_string()));
+        renewed.map_err(MembershipError::NotRenewed)
+    }
+
+    async fn renew_to_the_end(&self) -> Result<Certificate, String> {
         let _one = self.renewal.one.lock().await;
-        let refused = |why: String| MembershipError::NotRenewed(why);
-        let pair = match self.ask_for_next().await {
-            Ok(pair) => pair,
-            Err(why) if unix_now_s() < self.certificate().expires_unix_s => {
-                return Err(refused(why));
-            }
-            Err(why) => {
-                tracing::warn!(%why, "this node's certificate has expired; it signs another one");
-                let (cluster_id, id) = (&self.identity.cluster_id, self.id());
-                sign_alone(&self.config, cluster_id, id, &self.ca_pem, &self.db)
-                    .map_err(|alone| refused(format!("{why}; and alone: {alone}")))?
-            }
+        let Err(why) = self.renew_by_leader().await else { return Ok(self.certificate()) };
+        let (held, now_unix_s) = (self.renewal.held(), unix_now_s());
+        if held.certificate.standing(now_unix_s) == Standing::Good {
+            return Err(why);
+        }
+        tracing::warn!(%why, "this node's certificate is of no use at this time; it helps itself");
+        let owner = Owner {
+            cluster_id: &self.identity.cluster_id,
+            id: self.id(),
+            ca_pem: &self.ca_pem,
+            life: self.config.certificates.node,
         };
-        self.exchange(pair).await.map_err(refused)
+        let next = alone::replacement(&owner, &held, &self.db, now_unix_s);
+        let next = next.map_err(|alone| format!("{why}; and alone: {alone}"))?;
+        self.show(next).await?;
+        Ok(self.certificate())
+    }
+
+    async fn renew_by_leader(&self) -> Result<(), String> {
+        let now_unix_s = unix_now_s();
+        let fresh = |pair: &Pair| {
+            let certificate = pair.certificate();
+            certificate.is_some_and(|next| {
+                next.standing(now_unix_s) == Standing::Good && now_unix_s < next.due_unix_s()
+            })
+        };
+        let pair = match self.renewal.next().filter(fresh) {
+            Some(pair) => pair,
+            None => self.ask_for_next().await?,
+        };
+        self.renewal.set_next(Some(pair.clone()));
+        self.exchange(&pair).await?;
+        self.renewal.set_next(None);
+        Ok(())
     }
 
     async fn ask_for_next(&self) -> Result<Pair, String> {
@@ -194,37 +289,44 @@ impl Node {
         Ok(Pair::new(&key, &signed))
     }
 
-    /// Works with another pair from now on: first it is looked at, then it is on disk, then it is
-    /// shown. Connections that are open go on with the old one.
-    async fn exchange(&self, pair: Pair) -> Result<Certificate, String> {
-        let certificate = pair.certificate().ok_or("the answer is no certificate")?;
-        if certificate.holder != PeerIdentity::Node(self.id()) {
-            return Err(format!("the answer is a certificate of {}", certificate.holder));
+    /// Works with a pair that the leader signed: first it is looked at, then it is claimed, then it is
+    /// on disk, then it is shown.
+    async fn exchange(&self, pair: &Pair) -> Result<(), String> {
+        let next = Held::of(self.id(), pair, Some(self.renewal.held().pair))?;
+        Credentials::new(pair, &self.ca_pem).map_err(|error| error.to_string())?;
+        let standing = next.certificate.standing(unix_now_s());
+        if standing != Standing::Good {
+            self.renewal.set_next(None);
+            return Err(format!(
+                "the leader's certificate is of no use by this node's clock ({standing:?}): set the clock of the one that is wrong (`timedatectl set-ntp true`)"
+            ));
         }
-        Credentials::new(&pair, &self.ca_pem).map_err(|error| error.to_string())?;
-        let (folder, stored) = (self.config.data_dir.clone(), pair.clone());
-        blocking(self.db.host(), move || stored.store(&folder))
+        // Whatever becomes of it, the records are looked at afterwards.
+        self.renewal.settled.store(false, Ordering::SeqCst);
+        let claimed = certificates::claim(self, &next.certificate.serial).await;
+        if matches!(claimed, Err(ClaimError::Revoked | ClaimError::Unknown)) {
+            self.renewal.set_next(None);
+        }
+        claimed.map_err(|error| error.to_string())?;
+        self.show(next).await
+    }
+
+    /// Shows a pair from now on, once it is on disk. Connections that are open go on with the old one.
+    async fn show(&self, next: Held) -> Result<(), String> {
+        self.alive().map_err(|error| error.to_string())?;
+        let (folder, stored) = (self.config.data_dir.clone(), next.clone());
+        blocking(self.db.host(), move || stored.pair.store(&folder, stored.previous.as_ref()))
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("it cannot be kept: {error}"))?;
-        self.credentials.replace(&pair).map_err(|error| error.to_string())?;
-        *self.renewal.present.lock().unwrap_or_else(PoisonError::into_inner) = certificate.clone();
+        self.renewal.settled.store(false, Ordering::SeqCst);
+        self.credentials.replace(&next.pair).map_err(|error| error.to_string())?;
+        let certificate = &next.certificate;
         tracing::info!(serial = %certificate.serial, expires = certificate.expires_unix_s, "this node has a new certificate");
-        Ok(certificate)
+        *self.renewal.held.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        Ok(())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn attempts_become_rarer_up_to_a_limit() {
-        let look = Duration::from_secs(1);
-        assert_eq!(pause(look, 0), look);
-        assert_eq!(pause(look, 3), Duration::from_secs(8));
-        for many in [10, 16, 40, u32::MAX] {
-            assert_eq!(pause(look, many), PAUSE_MAX);
-        }
-    }
-}
+mod tests;

@@ -25,10 +25,10 @@ pub(crate) async fn start(
 ) -> Result<Arc<Node>, OpenError> {
     let unusable = |detail: String| OpenError::Unusable { path: config.data_dir.clone(), detail };
     let mut identity = identity;
-    renewal::renew_if_over(&config, &mut identity, &db).map_err(&unusable)?;
+    renewal::replace_if_useless(&config, &mut identity, &db).map_err(&unusable)?;
     let credentials = Credentials::new(&identity.pair, &identity.ca_pem)
         .map_err(|error| unusable(error.to_string()))?;
-    let renewal = Renewal::of(&identity.pair)
+    let renewal = Renewal::of(&identity)
         .ok_or_else(|| unusable("its certificate names no node".to_owned()))?;
     let tls = member_client(&credentials).map_err(|error| unusable(error.to_string()))?;
     let ca_fingerprint = fingerprint(&identity.ca_pem)

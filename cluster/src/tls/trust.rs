@@ -50,7 +50,7 @@ impl Refusal {
 pub(crate) struct Denied {
     /// Removed nodes: their ids are never given again.
     pub(crate) nodes: BTreeSet<NodeId>,
-    /// Revoked certificates that have not expired.
+    /// Revoked certificates, also those that have expired.
     pub(crate) serials: BTreeSet<String>,
 }
 

@@ -86,6 +86,7 @@ fn table(certificates: &[v1::Certificate]) -> String {
     let rows = certificates.iter().map(|certificate| {
         let state = match certificate.state.as_str() {
             "expiring" => "expiring soon",
+            "future" => "not valid yet",
             state => state,
         };
         [
