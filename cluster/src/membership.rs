@@ -4,6 +4,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use proto::record::{RemovalRecord, RemovalState};
 use proto::{Name, NodeId, keys, v1};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -195,9 +196,13 @@ pub(crate) async fn enrol(
     let certificate_pem = ca
         .sign_node(&record.cluster_id, id, &request.csr_pem, life)
         .map_err(|error| certificates::not_signed(&error))?;
-    // Also for one that was let in before, but did not get the answer.
-    let noted = certificates::enrolled(Txn::new().by("system"), &certificate_pem)?;
-    node.txn(noted).await?;
+    // Also for one that was let in before, but did not get the answer. Not for one that was removed
+    // since: an id is given once, and its token is used up.
+    let present = Txn::new().by("system").if_absent(keys::removal(id));
+    let noted = certificates::enrolled(present, &certificate_pem)?;
+    if !node.txn(noted).await?.committed() {
+        return Err(removed_since(id));
+    }
     let member = MemberNode {
         name: name.to_string(),
         api_address: request.api_address,
@@ -209,8 +214,10 @@ pub(crate) async fn enrol(
     let deadline = Instant::now() + node.config().request_timeout;
     match node.ask_leader(add, deadline).await? {
         Forwarded::Done => {}
+        Forwarded::Refused(_) => return Err(removed_since(id)),
         other => return Err(Status::unavailable(format!("the node was not added: {other:?}"))),
     }
+    take_back_if_removed(node, id).await?;
     Ok(v1::EnrolResponse {
         cluster_id: record.cluster_id.clone(),
         cluster_name: record.cluster_name.clone(),
@@ -219,6 +226,25 @@ pub(crate) async fn enrol(
         ca_pem: ca.certificate_pem,
         members: node.members().into_iter().map(Into::into).collect(),
     })
+}
+
+fn removed_since(id: NodeId) -> Status {
+    Status::permission_denied(format!(
+        "node {id}, which came in with this join token, was removed from the cluster: empty the data folder, make a new token with `clusterctl cluster token create` and join with that"
+    ))
+}
+
+/// A removal that ran while the node was added may have found nobody to take out.
+async fn take_back_if_removed(node: &Node, id: NodeId) -> Result<(), Status> {
+    let Some(kv) = read(node, &keys::removal(id)).await? else { return Ok(()) };
+    // One that is only announced takes the node out itself.
+    if from_json::<RemovalRecord>(&kv)?.state == RemovalState::Removed {
+        let until = Instant::now() + node.config().request_timeout;
+        if let Err(error) = node.ask_leader(Forward::Remove { id: id.0 }, until).await {
+            tracing::warn!(node = %id, %error, "it was removed, and is listed as a member again");
+        }
+    }
+    Err(removed_since(id))
 }
 
 fn check_clock(theirs: u64, ours: u64) -> Result<(), Status> {

@@ -41,6 +41,11 @@ impl Node {
             Forward::Hello => Forwarded::Done,
             Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
+            Forward::AddLearner { id, .. } if self.is_leaving(proto::NodeId(id)) => {
+                Forwarded::Refused(
+                    "it was removed from the cluster, or is being removed".to_owned(),
+                )
+            }
             Forward::AddLearner { id, node } => {
                 change::add_learner(&self.raft, id, node, limit).await
             }

@@ -133,6 +133,12 @@ impl Node {
         let row = self.db.view(|view| view.get(Table::Data, key.as_bytes()));
         row.ok().flatten().is_some_and(|row| removed(&row))
     }
+
+    /// Whether a node is known to have been removed, or its removal to have been announced.
+    pub(super) fn is_leaving(&self, id: proto::NodeId) -> bool {
+        let key = keys::removal(id);
+        self.db.view(|view| view.get(Table::Data, key.as_bytes())).is_ok_and(|row| row.is_some())
+    }
 }
 
 /// A removal that is only announced does not shut the node out: it may still be withdrawn.
