@@ -313,6 +313,17 @@ fn copies_that_differ_are_a_failure_that_names_the_node() {
     assert_eq!(json.exit, Some(1));
     assert!(json.stdout.contains(r#""outcome": "differs""#), "{json:?}");
 
+    members[2].outcome = "faulty".to_owned();
+    let summary = "A COPY IS DAMAGED: node3 (its copy cannot be read: Corruption)";
+    set(proto::v1::Verification { faulty: true, ..found(members.clone(), false, summary) });
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stdout.contains("node3  faulty"), "{ran:?}");
+    assert!(
+        ran.stderr.contains("a copy cannot be read") && ran.stderr.contains(summary),
+        "{ran:?}"
+    );
+
     members[2].outcome = "unknown".to_owned();
     set(found(members, false, "2 of 3 copies are the same; not compared: node3 (it is off)"));
     let ran = mock.run(&["cluster", "verify"]);

@@ -23,6 +23,8 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// A member whose checksum takes longer is given up.
 const LIMIT: Duration = Duration::from_secs(300);
 const PAUSE: Duration = Duration::from_millis(200);
+/// Characters.
+const DETAIL_MAX: usize = 500;
 /// The first check of a leader, however rarely it checks.
 const FIRST: Duration = Duration::from_secs(60);
 
@@ -39,6 +41,8 @@ pub(crate) async fn verify(node: &Arc<Node>) -> Result<VerificationRecord, Store
     let members = node.members();
     let asked = members.iter().map(|member| checksum_of(node, member, index));
     let answers = futures::future::join_all(asked).await;
+    // Where a check that was under way serves, the leader names a later revision.
+    let revision = answers.iter().flatten().next().map_or(revision, |sum| sum.revision);
     let record = VerificationRecord {
         at_unix_ms: crate::node::unix_now_ms(),
         log_index: index,
@@ -53,8 +57,18 @@ pub(crate) async fn verify(node: &Arc<Node>) -> Result<VerificationRecord, Store
     Ok(record)
 }
 
+/// Why a member has no checksum.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Missing {
+    /// That says nothing of its copy.
+    Unknown(String),
+    /// Its copy cannot be read.
+    Faulty(String),
+}
+
 /// A member's checksum, or why there is none.
-async fn checksum_of(node: &Node, member: &Member, index: u64) -> Result<Checksum, String> {
+async fn checksum_of(node: &Node, member: &Member, index: u64) -> Result<Checksum, Missing> {
+    let unknown = |why: String| Err(Missing::Unknown(why));
     let (begin, mut heard) = (Instant::now(), Instant::now());
     let me = member.node_id == node.id();
     loop {
@@ -65,9 +79,10 @@ async fn checksum_of(node: &Node, member: &Member, index: u64) -> Result<Checksu
         };
         let silent = match answer {
             Forwarded::Checked(Checked::Done(checksum)) => return Ok(checksum),
-            Forwarded::Checked(Checked::Failed(why)) => return Err(why),
+            Forwarded::Checked(Checked::Failed(why)) => return unknown(why),
+            Forwarded::Checked(Checked::Faulty(why)) => return Err(Missing::Faulty(why)),
             Forwarded::Checked(Checked::Absent { applied }) if applied >= index => {
-                return Err("it restarted, or caught up by a snapshot, meanwhile".to_owned());
+                return unknown("it restarted, or caught up by a snapshot, meanwhile".to_owned());
             }
             Forwarded::Checked(Checked::Absent { .. } | Checked::Running) => None,
             Forwarded::Unavailable(why) | Forwarded::Unknown(why) => Some(why),
@@ -76,15 +91,15 @@ async fn checksum_of(node: &Node, member: &Member, index: u64) -> Result<Checksu
         match silent {
             None => heard = Instant::now(),
             Some(why) if heard.elapsed() >= SILENCE => {
-                return Err(format!("it does not answer: {why}"));
+                return unknown(format!("it does not answer: {why}"));
             }
             Some(_) => {}
         }
         if begin.elapsed() >= LIMIT {
-            return Err(format!("it was not ready within {} s", LIMIT.as_secs()));
+            return unknown(format!("it was not ready within {} s", LIMIT.as_secs()));
         }
         if node.alive().is_err() {
-            return Err("the node that compares is ending".to_owned());
+            return unknown("the node that compares is ending".to_owned());
         }
         tokio::time::sleep(PAUSE).await;
     }
@@ -92,7 +107,7 @@ async fn checksum_of(node: &Node, member: &Member, index: u64) -> Result<Checksu
 
 /// What the checksums say. The copy that more members have than any other counts as right.
 fn compare<'a>(
-    answers: impl Iterator<Item = (&'a Member, Result<Checksum, String>)>,
+    answers: impl Iterator<Item = (&'a Member, Result<Checksum, Missing>)>,
 ) -> Vec<MemberVerification> {
     let answers: Vec<_> = answers.collect();
     let mut groups: BTreeMap<String, (usize, &Checksum)> = BTreeMap::new();
@@ -105,9 +120,10 @@ fn compare<'a>(
         (Some((_, checksum)), None) => Some((*checksum).clone()),
         _ => None,
     };
-    let one = |(member, answer): (&Member, Result<Checksum, String>)| {
+    let one = |(member, answer): (&Member, Result<Checksum, Missing>)| {
         let (outcome, checksum, detail) = match (answer, &right) {
-            (Err(why), _) => (VerificationOutcome::Unknown, String::new(), why),
+            (Err(Missing::Unknown(why)), _) => (VerificationOutcome::Unknown, String::new(), why),
+            (Err(Missing::Faulty(why)), _) => (VerificationOutcome::Faulty, String::new(), why),
             (Ok(own), Some(right)) if own == *right => {
                 (VerificationOutcome::Same, own.whole(), String::new())
             }
@@ -121,6 +137,8 @@ fn compare<'a>(
             }
         };
         let (node, name) = (member.node_id, member.name.clone());
+        // It may be another member's word.
+        let detail = detail.chars().filter(|char| !char.is_control()).take(DETAIL_MAX).collect();
         MemberVerification { node, name, outcome, checksum, detail }
     };
     answers.into_iter().map(one).collect()
@@ -138,6 +156,7 @@ fn summary(record: &VerificationRecord) -> String {
     };
     let differ = with(record, VerificationOutcome::Differs);
     let unknown = with(record, VerificationOutcome::Unknown);
+    let faulty = with(record, VerificationOutcome::Faulty);
     let same = with(record, VerificationOutcome::Same).len();
     let mut text = if !differ.is_empty() {
         format!(
@@ -149,6 +168,12 @@ fn summary(record: &VerificationRecord) -> String {
     } else {
         format!("{same} of {} copies are the same", record.members.len())
     };
+    if !faulty.is_empty() {
+        text = format!(
+            "A COPY IS DAMAGED: {}; look at that node's disk and memory, then remove the node, empty its data folder and let it join again; {text}",
+            named(&faulty)
+        );
+    }
     if !unknown.is_empty() {
         text = format!("{text}; not compared: {}", named(&unknown));
     }
@@ -158,9 +183,10 @@ fn summary(record: &VerificationRecord) -> String {
 fn report(record: &VerificationRecord) {
     let (index, revision) = (record.log_index, record.revision);
     let text = summary(record);
-    if !with(record, VerificationOutcome::Differs).is_empty() {
+    let any = |outcome| !with(record, outcome).is_empty();
+    if any(VerificationOutcome::Differs) || any(VerificationOutcome::Faulty) {
         tracing::error!(index, revision, "{text}");
-    } else if !with(record, VerificationOutcome::Unknown).is_empty() {
+    } else if any(VerificationOutcome::Unknown) {
         tracing::warn!(index, revision, "{text}");
     } else {
         tracing::info!(index, revision, "{text}");
@@ -169,8 +195,9 @@ fn report(record: &VerificationRecord) {
 
 /// As the API says it.
 pub(crate) fn to_api(record: VerificationRecord) -> v1::Verification {
-    let (summary, differs) =
-        (summary(&record), !with(&record, VerificationOutcome::Differs).is_empty());
+    let any = |outcome| !with(&record, outcome).is_empty();
+    let (differs, faulty) = (any(VerificationOutcome::Differs), any(VerificationOutcome::Faulty));
+    let summary = summary(&record);
     let members = record.members.into_iter().map(|member| v1::MemberVerification {
         node_id: member.node.0,
         node: member.name,
@@ -185,6 +212,7 @@ pub(crate) fn to_api(record: VerificationRecord) -> v1::Verification {
         members: members.collect(),
         differs,
         summary,
+        faulty,
     }
 }
 
@@ -263,7 +291,14 @@ mod tests {
 
     fn compared(answers: &[Option<u8>]) -> VerificationRecord {
         let members: Vec<Member> = (1..).take(answers.len()).map(member).collect();
-        let answers = answers.iter().map(|sum| sum.map(checksum).ok_or("it is off".to_owned()));
+        let off = || Missing::Unknown("it is off".to_owned());
+        of(&members, answers.iter().map(|sum| sum.map(checksum).ok_or_else(off)))
+    }
+
+    fn of(
+        members: &[Member],
+        answers: impl Iterator<Item = Result<Checksum, Missing>>,
+    ) -> VerificationRecord {
         let members = compare(members.iter().zip(answers));
         VerificationRecord { at_unix_ms: 1, log_index: 2, revision: 9, members }
     }
@@ -300,5 +335,18 @@ mod tests {
         let api = to_api(compared(&[None]));
         assert_eq!(api.summary, "0 of 1 copies are the same; not compared: n1 (it is off)");
         assert!(to_api(compared(&[Some(1)])).summary.contains("no other"));
+    }
+    #[test]
+    fn a_copy_that_cannot_be_read_is_a_fault_of_its_node() {
+        let members: Vec<Member> = (1..=3).map(member).collect();
+        let damaged = Missing::Faulty(format!("Corruption:\n{}", "x".repeat(2 * DETAIL_MAX)));
+        let answers = [Ok(checksum(1)), Err(damaged), Ok(checksum(1))];
+        let record = of(&members, answers.into_iter());
+        assert_eq!(outcomes(&record), ["same", "faulty", "same"]);
+        assert_eq!(record.members[1].detail.len(), DETAIL_MAX);
+        let api = to_api(record);
+        assert!(api.faulty && !api.differs, "{api:?}");
+        assert!(api.summary.starts_with("A COPY IS DAMAGED: n2 (Corruption:x"), "{}", api.summary);
+        assert!(api.summary.ends_with("; 2 of 3 copies are the same"), "{}", api.summary);
     }
 }

@@ -229,7 +229,7 @@ pub struct MemberVerification {
     /// SHA-256, hexadecimal; empty: unknown.
     #[serde(default)]
     pub checksum: String,
-    /// What differs, or why it is unknown.
+    /// What differs, why it is unknown, or how it cannot be read.
     #[serde(default)]
     pub detail: String,
 }
@@ -244,6 +244,8 @@ pub enum VerificationOutcome {
     Differs,
     /// It gave no checksum.
     Unknown,
+    /// It cannot be read: its node has a fault.
+    Faulty,
 }
 
 impl VerificationOutcome {
@@ -254,6 +256,7 @@ impl VerificationOutcome {
             Self::Same => "same",
             Self::Differs => "differs",
             Self::Unknown => "unknown",
+            Self::Faulty => "faulty",
         }
     }
 }

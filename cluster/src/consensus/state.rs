@@ -193,7 +193,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 // The batch ends here: the checksum is that of the state after this very entry.
                 let slot = self.checksums.reserve(index);
                 self.apply_batch(std::mem::take(&mut batch))?;
-                self.checksums.begin(&self.db, index, slot).await;
+                if let Some(slot) = slot {
+                    slot.begin(&self.db).await;
+                }
             } else if batch.len() == BATCH_MAX {
                 self.apply_batch(std::mem::take(&mut batch))?;
             }

@@ -174,6 +174,9 @@ impl Node {
 
     /// What this member's checksum at a place of the log is.
     pub(crate) fn checked(&self, index: u64) -> Checked {
+        if let Some(StoreError::Failed { why }) = &*self.failure.borrow() {
+            return Checked::Faulty(format!("its database failed: {why}"));
+        }
         let applied = self.machine.applied().borrow().index;
         self.machine.checksums().get(index).unwrap_or(Checked::Absent { applied })
     }

@@ -1,6 +1,7 @@
 //! Comparing the members' copies, on real members: while others write, with a copy that was
 //! tampered with, with a member that is off.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -102,6 +103,44 @@ fn a_copy_that_differs_is_named_by_itself_and_in_the_status() -> Outcome {
         }
         Ok(true)
     })
+}
+
+/// Changes a byte in a file of a running member's database, as a fault of its disk would. It is in a
+/// table that is written and hardly ever read.
+fn damage(folder: &Path) -> Outcome {
+    let path = folder.join("db");
+    let options = rocksdb::Options::default();
+    let families = rocksdb::DB::list_cf(&options, &path)?;
+    let rocks = rocksdb::DB::open_cf_for_read_only(&options, &path, families, false)?;
+    let files = rocks.live_files()?;
+    let file = files.iter().find(|file| file.column_family_name == "journal");
+    let file = file.ok_or("the journal has no file")?;
+    let path = path.join(file.name.trim_start_matches('/'));
+    let file = std::fs::File::options().read(true).write(true).open(path)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 10)?;
+    file.write_all_at(&[byte[0] ^ 1], 10)?;
+    Ok(())
+}
+
+#[test]
+fn a_copy_that_cannot_be_read_is_a_fault_of_its_node() -> Outcome {
+    let mut lab = Lab::new(3)?;
+    lab.nodes[0].run(|c| async move { c.txn(Txn::new().put("vms/a.toml", "x = 1")).await })??;
+    // What is in the write-ahead log goes into files as it is opened again.
+    lab.nodes[1].stop();
+    lab.nodes[1].start()?;
+    lab.wait("all are well", |lab| {
+        let found = lab.nodes[1].run(|c| async move { c.verify().await })?;
+        Ok(found.is_ok_and(|found| found.members.iter().all(|of| of.outcome == "same")))
+    })?;
+    damage(&lab.nodes[1].folder)?;
+    let found = lab.nodes[0].run(|c| async move { c.verify().await })??;
+    assert_eq!(outcomes(&found), [("n1", "same"), ("n2", "faulty"), ("n3", "same")], "{found:?}");
+    assert!(found.faulty && !found.differs, "{found:?}");
+    assert!(found.members[1].detail.contains("cannot be read"), "{found:?}");
+    assert!(found.summary.starts_with("A COPY IS DAMAGED: n2 ("), "{found:?}");
+    Ok(())
 }
 
 #[test]

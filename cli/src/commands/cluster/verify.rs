@@ -28,6 +28,9 @@ pub(super) async fn run(
         }
     };
     output::print(session.global.output, &found, table)?;
+    if found.faulty {
+        return Err(Failure::new(Exit::Failed, "a copy cannot be read").why(found.summary));
+    }
     if found.differs {
         return Err(Failure::new(Exit::Failed, "the copies are not the same").why(found.summary));
     }
