@@ -6,10 +6,10 @@ use std::io;
 
 use openraft::EntryPayload;
 
-use super::log_store::committed;
+use super::log_store::{committed, entry};
 use super::state::{applied, membership};
-use super::types::{Entry, MemberNode, Membership};
-use crate::machine::{Overlay, apply, decode, revision};
+use super::types::{MemberNode, Membership};
+use crate::machine::{Overlay, apply, revision};
 use crate::storage::{Cf, View};
 
 /// How far a member is.
@@ -49,7 +49,8 @@ fn apply_until<'a, 'v>(
     // Raft's first entry has index 0.
     let mut next = applied.map_or(0, |index| index.saturating_add(1));
     for row in view.raw_from(Cf::Log, &next.to_be_bytes())? {
-        let entry: Entry = decode(&row?.1)?;
+        let (key, value) = row?;
+        let entry = entry(&key, &value)?;
         let index = entry.log_id.index;
         if index != next {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the log has a gap"));
