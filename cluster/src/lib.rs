@@ -51,7 +51,7 @@ pub use error::{
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
-pub use recover::{RecoverError, Recovered, Survey, Survivor, finish_recovery};
+pub use recover::{Heard, RecoverError, Recovered, Survey, Survivor, finish_recovery};
 pub use restore::{RestoreError, Restored};
 pub use service::EnrolmentService;
 pub use types::{

@@ -16,7 +16,7 @@
 //! accepts no change any more. What no protocol can exclude is that a person recovers a node while
 //! a majority lives on behind a broken network. Then both would own the VMs; therefore
 //!
-//! - it is refused while any other member answers,
+//! - it is refused unless nothing at all is heard of any other member,
 //! - a person says that the machines of the dropped members are off and stay off,
 //! - every VM that may run on them comes back stopped, for a person to start ([`crate::restore`]):
 //!   all but those without HA of which a majority is known to have left them to the survivor.
@@ -30,30 +30,29 @@
 //! only read. Interrupted before the move, nothing has happened; in it, the folder is that of no
 //! member, agents refuse it, and [`finish_recovery`] does the rest of the move.
 
+mod others;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use proto::record::Placement;
 use proto::{Name, NodeId, VmId, keys};
-use tokio::sync::watch;
 
 use crate::backup;
-use crate::consensus::{Forward, Forwarded, Held, Peers, ask, held, settled};
+use crate::consensus::{Held, held, settled};
 use crate::identity::Identity;
 use crate::machine::{Overlay, Read, Record, Table, decode};
 use crate::restore::{Checked, Own, Restored, runs_on};
 use crate::storage::{FolderLock, Frozen, View};
-use crate::tls::{Credentials, Trust, member_client};
 use crate::{ClusterConfig, InitError, Member, OpenError, Opened, RestoreError, open};
 
-/// How long members may take to answer; one that cannot be reached is tried again meanwhile.
-const ANSWER: Duration = Duration::from_secs(3);
-const PAUSE: Duration = Duration::from_millis(500);
+pub use others::Heard;
+use others::nobody_answers;
+
 /// Rows that are read at once of a state with changes on top.
 const PAGE: usize = 16;
 const BACKUP: &str = "recover.hfb";
@@ -68,11 +67,11 @@ pub enum RecoverError {
     /// There is nothing to recover.
     #[error("{} belongs to no cluster; to begin with a backup, use `clusterctl cluster restore`", .0.display())]
     NoMember(PathBuf),
-    /// Others are up.
+    /// Others are up, or are not known to be gone.
     #[error(
-        "{0} of the old cluster still answers: recovering makes sense only where all others are lost. Start this node's agent and see `clusterctl cluster status`; if the others are too few for a quorum and cannot be brought back, stop their agents first"
+        "not all others of the old cluster are gone: {}. Nothing was changed: recovering makes sense only where all others are lost. Start this node's agent and see `clusterctl cluster status`; if the others are too few for a quorum and cannot be brought back, stop their agents, and whatever else listens at these addresses, then try again", others::list(.0)
     )]
-    Answers(String),
+    Answers(Vec<Heard>),
     /// Where the old cluster's files are to go.
     #[error("{} is there already: move it elsewhere; nothing was changed", .0.display())]
     Kept(PathBuf),
@@ -334,49 +333,6 @@ fn rows<'a>(
         page = found.into_iter();
         page.next().map(Ok)
     })
-}
-
-/// Asks every other member, voter or not: one that is up knows of a majority where there is one, or
-/// goes on in the old cluster once its others are back.
-async fn nobody_answers(
-    config: &ClusterConfig,
-    identity: &Identity,
-    others: &[Member],
-) -> Result<(), RecoverError> {
-    let unusable = |error: &dyn std::fmt::Display| OpenError::Unusable {
-        path: config.data_dir.clone(),
-        detail: error.to_string(),
-    };
-    let own =
-        Credentials::new(&identity.pair, &identity.ca_pem).map_err(|error| unusable(&error))?;
-    let tls = member_client(&own).map_err(|error| unusable(&error))?;
-    // Whoever answers is there, whatever became of its certificate.
-    let (trust, cluster_id) = (Arc::new(Trust::default()), identity.record.cluster_id.clone());
-    let peers = Peers::new(config.host.clone(), tls, trust, cluster_id);
-    let removed = watch::channel(false).0;
-    let asked = others.iter().map(|member| {
-        let channel = peers.shared(member.node_id.0, &member.api_address);
-        let removed = &removed;
-        async move {
-            let answers = answers(channel?, removed);
-            let heard = tokio::time::timeout(ANSWER, answers).await.is_ok();
-            heard.then_some(member.name.as_str())
-        }
-    });
-    let answers: Vec<&str> = futures::future::join_all(asked).await.into_iter().flatten().collect();
-    if *removed.borrow() {
-        return Err(OpenError::Removed { path: config.data_dir.clone() }.into());
-    }
-    if answers.is_empty() { Ok(()) } else { Err(RecoverError::Answers(answers.join(", "))) }
-}
-
-/// Ends once the member has said something, whatever it is: its certificate says that it is the
-/// member, and who is there can be part of a majority.
-async fn answers(channel: tonic::transport::Channel, removed: &watch::Sender<bool>) {
-    let ask = || ask(channel.clone(), &Forward::Hello, 2 * ANSWER, removed);
-    while matches!(ask().await, Forwarded::Unavailable(_)) {
-        tokio::time::sleep(PAUSE).await;
-    }
 }
 
 const UNFINISHED: &str = "the files cannot be exchanged; once the cause is gone, run `node-agent recover` again: it goes on from here";

@@ -24,7 +24,7 @@ pub(crate) use checksum::{Checked, Checksum};
 pub(crate) use held::{Held, held, settled};
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
-pub(crate) use network::{Network, Peers, REMOVED, ask, renew};
+pub(crate) use network::{Network, Peers, REMOVED, ask, hello, renew};
 pub(crate) use recent::Look;
 pub use service::RaftService;
 pub(crate) use service::{Forward, Forwarded};

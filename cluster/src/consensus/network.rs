@@ -130,6 +130,35 @@ pub(crate) async fn ask(
     }
 }
 
+/// Greets a member. The error says what came instead of its greeting.
+pub(crate) async fn hello(
+    channel: Channel,
+    removed: &tokio::sync::watch::Sender<bool>,
+) -> Result<(), String> {
+    let message = to_message(&Forward::Hello).map_err(|status| status.message().to_owned())?;
+    match raft_client(channel).forward(message).await {
+        Ok(_) => Ok(()),
+        Err(status) => {
+            note_removal(removed, &status);
+            Err(in_full(&status))
+        }
+    }
+}
+
+/// A call's failure with its causes: "transport error" says nothing.
+fn in_full(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// Asks the leader for a certificate. The error says why there is none.
 pub(crate) async fn renew(
     channel: Channel,

@@ -5,9 +5,12 @@ use std::os::unix::fs::PermissionsExt;
 
 use cluster::{Cluster, Consistency, OpenError, RecoverError, Recovered, Survivor, Txn};
 use proto::record::{Phase, Placement, Requested};
+use proto::v1::RaftMessage;
+use proto::v1::raft_client::RaftClient;
 use proto::{Generation, Name, NodeId, VmId, keys};
 
 use crate::common::{Lab, Outcome, TestNode};
+use crate::joining::{Papers, dial};
 
 fn vm(owner: u64, ha: bool, phase: Phase) -> Placement {
     Placement {
@@ -37,6 +40,16 @@ fn find(node: &TestNode) -> Outcome<Result<Survivor, RecoverError>> {
         node.wait_closed();
     }
     Ok(tokio::runtime::Runtime::new()?.block_on(Survivor::find(node.config.clone())))
+}
+
+/// Who keeps a node from being recovered, and whether it greeted as a member does.
+fn answering(node: &TestNode) -> Outcome<Vec<(String, bool)>> {
+    match find(node)?.map(drop) {
+        Err(RecoverError::Answers(heard)) => {
+            Ok(heard.into_iter().map(|of| (of.name, of.seen == "it answers")).collect())
+        }
+        other => Err(format!("it was not refused so: {other:?}").into()),
+    }
 }
 
 fn try_recover(node: &TestNode) -> Outcome<Result<Recovered, RecoverError>> {
@@ -70,11 +83,9 @@ fn a_survivor_goes_on_alone_and_the_old_majority_stays_another_cluster() -> Outc
     assert!(matches!(find(&lab.nodes[2])?, Err(RecoverError::Open(OpenError::InUse { .. }))));
     lab.nodes[2].stop();
     // Even one that answers is one too many.
-    let refused = find(&lab.nodes[2])?.map(drop);
-    assert!(matches!(&refused, Err(RecoverError::Answers(who)) if who == "n1, n2"), "{refused:?}");
+    assert_eq!(answering(&lab.nodes[2])?, [("n1".to_owned(), true), ("n2".to_owned(), true)]);
     lab.nodes[0].kill();
-    let refused = find(&lab.nodes[2])?.map(drop);
-    assert!(matches!(&refused, Err(RecoverError::Answers(who)) if who == "n2"), "{refused:?}");
+    assert_eq!(answering(&lab.nodes[2])?, [("n2".to_owned(), true)]);
     lab.nodes[1].kill();
 
     // To look changes nothing.
@@ -232,4 +243,74 @@ fn what_was_not_agreed_to_gives_the_survivor_no_vm() -> Outcome {
         assert!(taken.generation > Generation(100_000), "{taken:?}");
         Outcome::Ok(())
     })?
+}
+
+#[test]
+fn who_refuses_a_revoked_certificate_is_there() -> Outcome {
+    let mut lab = Lab::new(2)?;
+    let folder = lab.nodes[1].config.data_dir.clone();
+    let old = std::fs::read(folder.join("node.pem"))?;
+    let serial = lab.nodes[1].cluster()?.certificate().serial;
+    lab.nodes[1].run(|c| async move { c.renew_certificate().await })??;
+    let revoked = serial.clone();
+    lab.nodes[1].run(move |c| async move { c.revoke_certificates(&revoked, "root").await })??;
+    lab.wait("the other one knows of it", |lab| {
+        let listed = lab.nodes[0].run(|c| async move { c.certificates().await })??;
+        Ok(listed.iter().any(|one| one.serial == serial && one.state == "revoked"))
+    })?;
+    lab.nodes[1].stop();
+    // As after its folder was restored from a copy of the machine's disk.
+    std::fs::write(folder.join("node.pem"), old)?;
+    lab.wait("it is refused for what it was told", |lab| {
+        let refused = find(&lab.nodes[1])?.map(drop);
+        let Err(RecoverError::Answers(heard)) = &refused else {
+            return Err(format!("it was not refused so: {refused:?}").into());
+        };
+        assert!(heard.len() == 1 && heard[0].name == "n1", "{heard:?}");
+        Ok(heard[0].seen.contains("was revoked"))
+    })
+}
+
+/// A log entry that this version cannot read: not passed over, and no panic.
+#[test]
+fn a_log_entry_of_another_version_stops_a_member_and_says_so() -> Outcome {
+    let mut lab = Lab::new(1)?;
+    lab.nodes[0].run(|c| async move { c.txn(Txn::new().put("a", "1")).await })??;
+    // From a leader of another version: not taken, and said.
+    let folder = lab.nodes[0].config.data_dir.clone();
+    let pem = std::fs::read_to_string(folder.join("node.pem"))?;
+    let ca = std::fs::read_to_string(folder.join("ca.crt"))?;
+    let name = format!("{}.holdfast", lab.nodes[0].cluster()?.cluster_id());
+    let address = lab.nodes[0].config.api_address.clone();
+    let answer = tokio::runtime::Runtime::new()?.block_on(async {
+        let papers = Papers { key: pem.clone(), certificate: pem };
+        let mut leader = RaftClient::new(dial(&address, &ca, &name, Some(papers))?);
+        Outcome::Ok(leader.append_once(RaftMessage { payload: vec![0xff; 40] }).await)
+    })?;
+    let refused = answer.err().ok_or("it was taken")?;
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
+    assert!(refused.message().contains("run the same version"), "{refused}");
+    // In its own log.
+    lab.nodes[0].stop();
+    lab.nodes[0].wait_closed();
+    {
+        let path = lab.nodes[0].config.data_dir.join("db");
+        let options = rocksdb::Options::default();
+        let families = rocksdb::DB::list_cf(&options, &path)?;
+        let rocks = rocksdb::DB::open_cf(&options, &path, families)?;
+        let log = rocks.cf_handle("log").ok_or("there is no log")?;
+        let last = rocks.iterator_cf(log, rocksdb::IteratorMode::End).next();
+        let (key, _) = last.ok_or("the log is empty")??;
+        let next = u64::from_be_bytes(key.as_ref().try_into()?) + 1;
+        rocks.put_cf(log, next.to_be_bytes(), [0xff; 40])?;
+        rocks.flush_wal(true)?;
+    }
+    let started = lab.nodes[0].start().map_err(|error| error.to_string());
+    let recovered = find(&lab.nodes[0])?.map(drop).map_err(|error| error.to_string());
+    for refused in [started, recovered] {
+        let text = refused.err().ok_or("it was taken")?;
+        assert!(text.contains("cannot be read by this agent"), "{text}");
+        assert!(text.contains("run the same version"), "{text}");
+    }
+    Ok(())
 }
