@@ -18,7 +18,7 @@ pub(crate) async fn receive(
     let names = first.ok_or_else(|| Status::invalid_argument("the names must come first"))?;
     let disk = |error: std::io::Error| {
         Status::resource_exhausted(format!(
-            "the backup cannot be kept in {} while it is checked: {error}; nothing was changed",
+            "the backup cannot be kept in {} while it is checked: {error}; nothing was changed: free some room there and try again",
             folder.display()
         ))
     };

@@ -28,6 +28,13 @@ impl Frozen {
         let fail = |error: io::Error| open_error(folder, &error);
         let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), cf_options()));
         let (options, path) = (db_options(false), folder.join("db"));
+        // RocksDB would make a folder for its own log before it finds that there is none.
+        if !path.join("CURRENT").exists() {
+            return Err(OpenError::Unusable {
+                path,
+                detail: "is not there, or not whole: this node's copy is lost; recover another node, or restore a backup".to_owned(),
+            });
+        }
         let rocks = DB::open_cf_descriptors_read_only(&options, path, families, false)
             .map_err(|error| fail(io_error(error)))?;
         check(&rocks).map_err(fail)?;

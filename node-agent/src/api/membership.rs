@@ -92,7 +92,7 @@ impl MembershipService {
         match (&self.former, peer(request)) {
             (Some(former), Some(PeerIdentity::LocalRoot)) => Ok(former.clone()),
             _ => Err(Status::permission_denied(
-                "a cluster is formed or joined by root on the node itself, over its local socket",
+                "a cluster is formed, joined or restored by root on the node itself: run clusterctl there as root, over the agent's local socket (`--socket`)",
             )),
         }
     }
@@ -276,9 +276,11 @@ impl Membership for MembershipService {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
         // What is under `priv/` is for root alone, and no other call shows it.
         if !matches!(peer(&request), Some(PeerIdentity::LocalRoot)) {
-            return Err(Status::permission_denied(
-                "a backup holds the secrets under priv/: it is taken by root on a node, over its local socket",
-            ));
+            let socket = node.config.socket_path();
+            return Err(Status::permission_denied(format!(
+                "a backup holds the secrets under priv/, which are for root on a node alone: run `clusterctl --socket {} cluster backup FILE` on a node, as root",
+                socket.display()
+            )));
         }
         let consistency = match request.into_inner().stale {
             true => Consistency::Stale,

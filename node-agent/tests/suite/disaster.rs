@@ -7,7 +7,7 @@ use proto::v1::{
     BackupRequest, ClusterStatusRequest, CreateVmRequest, RestoreNames, RestoreRequest,
     RestoreResponse, VerifyRequest,
 };
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
 /// A VM as its document says.
 const WEB: &str = "name = \"web\"\ncpus = 1\nmemory = \"64MiB\"\n[boot]\nkernel = \"shared/vmlinuz\"\n[[disks]]\nimage = \"shared/web.raw\"\nsize = \"1MiB\"\n[ha]\nenabled = true\n";
@@ -75,6 +75,26 @@ async fn a_restored_cluster_has_the_vms_and_starts_none_by_itself() {
     new.agent.end().await;
 }
 
+/// Neither another node nor whomever it speaks for takes a backup, or restores one.
+async fn secrets_stay(of: &Rig, with: &Rig) {
+    let id = of.agent.node().unwrap().id;
+    let channel = with.agent.node().unwrap().cluster().peer_channel(id).unwrap();
+    let mut remote = MembershipClient::new(channel);
+    remote.status(ClusterStatusRequest {}).await.unwrap();
+    for user in ["root", "ann"] {
+        let mut request = Request::new(BackupRequest { stale: true });
+        request.metadata_mut().insert("holdfast-user", user.parse().unwrap());
+        let refused = remote.backup(request).await.map(drop).unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+        for words in ["secrets under priv/", "as root", "clusterctl --socket /"] {
+            assert!(refused.message().contains(words), "{refused}");
+        }
+    }
+    let restored = remote.restore(futures::stream::empty()).await.unwrap_err();
+    assert_eq!(restored.code(), Code::PermissionDenied, "{restored}");
+    assert!(restored.message().contains("--socket"), "{restored}");
+}
+
 /// A recovery that must be refused, and change nothing.
 async fn refused(rig: &Rig, confirm: Option<&str>, why: &str) {
     let error = node_agent::recover::recover(rig.config.clone(), "", confirm).await.unwrap_err();
@@ -95,6 +115,7 @@ async fn a_survivor_is_recovered_only_alone_and_by_its_name_and_starts_no_vm_of_
     let survivor = Rig::new(other.path()).await;
     survivor.join(&lost, "n2").await;
     lost.online(2).await;
+    secrets_stay(&lost, &survivor).await;
     lost.pool("shared", "shared-dir", &dir.path().join("shared")).await;
     lost.image("shared", "vmlinuz", "kernel", b"\x7fELF".to_vec()).await;
     let own = WEB.replace("\"web\"", "\"own\"").replace("web.raw", "own.raw");
@@ -111,7 +132,7 @@ async fn a_survivor_is_recovered_only_alone_and_by_its_name_and_starts_no_vm_of_
     let confirm = Some("test/n2");
     refused(&survivor, confirm, "must be stopped first").await;
     survivor.agent.end().await;
-    refused(&survivor, confirm, "n1 of the old cluster still answers").await;
+    refused(&survivor, confirm, "not all others of the old cluster are gone: n1 (").await;
     lost.agent.end().await;
     for confirm in [None, Some("recover"), Some("test/n1"), Some("n2"), Some("")] {
         refused(&survivor, confirm, "--confirm test/n2").await;
