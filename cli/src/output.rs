@@ -102,12 +102,22 @@ pub(crate) fn duration_ms(ms: u64) -> String {
     }
 }
 
+fn now_ms() -> u64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since_epoch.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
 /// How long ago a moment of the wall clock was; for display only.
 pub(crate) fn ago(unix_ms: u64) -> String {
-    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let now_ms =
-        since_epoch.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
-    format!("{} ago", duration_ms(now_ms.saturating_sub(unix_ms)))
+    format!("{} ago", duration_ms(now_ms().saturating_sub(unix_ms)))
+}
+
+/// How long until a moment of the wall clock, or how long ago it was; for display only.
+pub(crate) fn from_now(unix_ms: u64) -> String {
+    match unix_ms.checked_sub(now_ms()) {
+        Some(left) => format!("in {}", duration_ms(left)),
+        None => ago(unix_ms),
+    }
 }
 
 /// `yes` or `no`.

@@ -276,3 +276,96 @@ fn no_agent_is_a_clear_refusal() {
     assert_eq!(run(&["version"]).exit, Some(0));
     assert!(run(&["completion", "bash"]).stdout.contains("_clusterctl"));
 }
+
+#[test]
+fn copies_that_differ_are_a_failure_that_names_the_node() {
+    let mock = Mock::start();
+    let member = |node: &str, outcome: &str, detail: &str| proto::v1::MemberVerification {
+        node: node.to_owned(),
+        outcome: outcome.to_owned(),
+        detail: detail.to_owned(),
+        checksum: "0123456789abcdef0123".to_owned(),
+        ..proto::v1::MemberVerification::default()
+    };
+    let same = vec![member("node1", "same", ""), member("node2", "same", "")];
+    let found = |members, differs, summary: &str| proto::v1::Verification {
+        revision: 42,
+        log_index: 57,
+        members,
+        differs,
+        summary: summary.to_owned(),
+        ..proto::v1::Verification::default()
+    };
+    let set = |found| *mock.agent.0.verification.lock().unwrap() = found;
+    set(found(same.clone(), false, "2 of 2 copies are the same"));
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("node2  same  0123456789abcdef  -"), "{ran:?}");
+    assert!(ran.stdout.contains("revision 42, log index 57: 2 of 2"), "{ran:?}");
+
+    let mut members = same;
+    members.push(member("node3", "differs", "its data differ"));
+    set(found(members.clone(), true, "THE COPIES DIFFER: node3 (its data differ)"));
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stderr.contains("node3 (its data differ)"), "{ran:?}");
+    let json = mock.run(&["-o", "json", "cluster", "verify"]);
+    assert_eq!(json.exit, Some(1));
+    assert!(json.stdout.contains(r#""outcome": "differs""#), "{json:?}");
+
+    members[2].outcome = "faulty".to_owned();
+    let summary = "A COPY IS DAMAGED: node3 (its copy cannot be read: Corruption)";
+    set(proto::v1::Verification { faulty: true, ..found(members.clone(), false, summary) });
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stdout.contains("node3  faulty"), "{ran:?}");
+    assert!(
+        ran.stderr.contains("a copy cannot be read") && ran.stderr.contains(summary),
+        "{ran:?}"
+    );
+
+    members[2].outcome = "unknown".to_owned();
+    set(found(members, false, "2 of 3 copies are the same; not compared: node3 (it is off)"));
+    let ran = mock.run(&["cluster", "verify"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stderr.contains("not every copy was compared"), "{ran:?}");
+}
+
+#[test]
+fn certificates_are_listed_renewed_and_revoked() {
+    let mock = Mock::start();
+    let ran = mock.run(&["cluster", "cert", "list"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    let lines: Vec<_> = ran.stdout.lines().collect();
+    assert!(lines[0].starts_with("HOLDER ") && lines[1].starts_with("CA of lab "), "{ran:?}");
+    assert!(lines[2].starts_with("node node1 (id 1) "), "{ran:?}");
+    assert!(lines[2].contains("4a01") && lines[2].contains("expiring soon"), "{ran:?}");
+    assert!(lines[2].contains("3 h ago") && lines[2].contains("in 29 h"), "{ran:?}");
+    assert!(lines[3].starts_with("client ann ") && lines[3].contains("revoked"), "{ran:?}");
+    assert!(ran.stdout.contains("node1 has no new certificate yet: no leader is known"), "{ran:?}");
+    let json = mock.run(&["cluster", "cert", "list", "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["certificates"][1]["state"], "expiring");
+    assert_eq!(json["certificates"][2]["serial"], "4b02");
+
+    let ran = mock.run(&["cluster", "cert", "renew", "node1"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("node1") && ran.stdout.contains("4d04"), "{ran:?}");
+    // What did not work out is in the answer and in the exit code.
+    let ran = mock.run(&["cluster", "cert", "renew"]);
+    assert_eq!(ran.exit, Some(1), "{ran:?}");
+    assert!(ran.stdout.contains("4d04") && ran.stdout.contains("connection refused"), "{ran:?}");
+    assert!(ran.stderr.contains("node2"), "{ran:?}");
+    assert_eq!(mock.run(&["cluster", "cert", "renew", "node9"]).exit, Some(3));
+
+    let ran = mock.run(&["cluster", "cert", "revoke", "ann"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert_eq!(ran.stdout, "revoked: client ann, serial 4b02\n");
+    let ran = mock.run(&["cluster", "cert", "revoke", "bob"]);
+    assert_eq!(ran.exit, Some(3), "{ran:?}");
+    assert!(ran.stderr.contains("client `bob`"), "{ran:?}");
+    for what in ["list", "renew", "revoke"] {
+        let ran = mock.run(&["cluster", "cert", what, "--help"]);
+        assert!(ran.stdout.contains("Examples:"), "{ran:?}");
+    }
+}

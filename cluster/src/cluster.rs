@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
-use crate::consensus::{Forward, Forwarded, REMOVED, RaftService};
+use crate::consensus::{Forward, Forwarded, RaftService};
 use crate::host::Listen;
 use crate::machine::ANSWER_BYTES;
 use crate::node::Node;
@@ -20,7 +20,7 @@ use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
     RangeResult, ReadAtError, Retention, StoreError, Txn, TxnOutcome, WatchBatch, WatchError,
-    membership, removal, rename,
+    backup, certificates, membership, removal, rename, verify,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -59,12 +59,12 @@ impl Cluster {
     /// The cluster's id, which stands in every certificate.
     #[must_use]
     pub fn cluster_id(&self) -> &str {
-        &self.node.identity().record.cluster_id
+        &self.node.identity().cluster_id
     }
     /// The cluster's name.
     #[must_use]
     pub fn cluster_name(&self) -> &str {
-        &self.node.identity().record.cluster_name
+        &self.node.identity().cluster_name
     }
     /// SHA-256 of the CA certificate's DER, hexadecimal.
     #[must_use]
@@ -257,6 +257,24 @@ impl Cluster {
     pub async fn status(&self) -> v1::ClusterStatus {
         membership::status(&self.node).await
     }
+    /// Has all members compute a checksum of their copies at one place of the log, and compares.
+    ///
+    /// # Errors
+    /// [`StoreError`]: there is no quorum to begin it with.
+    pub async fn verify(&self) -> Result<v1::Verification, StoreError> {
+        verify::verify(&self.node).await.map(verify::to_api)
+    }
+    /// The bytes of a backup ([`proto::backup`]) of the present state, piece by piece, while writes
+    /// go on. Memory does not grow with the state; a reader that is too slow is given up.
+    ///
+    /// # Errors
+    /// [`StoreError`]; two backups at once are sent by one node at most.
+    pub async fn backup(
+        &self,
+        consistency: Consistency,
+    ) -> Result<BoxStream<'static, Result<Vec<u8>, StoreError>>, StoreError> {
+        backup::backup(&self.node, consistency).await
+    }
     /// A one-time join token. 0: valid for an hour.
     ///
     /// # Errors
@@ -305,6 +323,40 @@ impl Cluster {
         membership::issue_client(&self.node, name, csr_pem).await
     }
 
+    /// The CA's certificate and all that it signed, with their states.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn certificates(&self) -> Result<Vec<v1::Certificate>, MembershipError> {
+        Ok(certificates::list(&self.node).await?)
+    }
+    /// The certificate that this node shows in handshakes.
+    #[must_use]
+    pub fn certificate(&self) -> v1::Certificate {
+        certificates::shown_own(&self.node, &self.node.certificate()).unwrap_or_default()
+    }
+    /// Gets this node a new certificate on a new key now; it is shown from the next handshake on.
+    /// What was begun is ended, also where nobody waits for it any more.
+    ///
+    /// # Errors
+    /// [`MembershipError::NotRenewed`]
+    pub async fn renew_certificate(&self) -> Result<v1::Certificate, MembershipError> {
+        self.node.renew().await?;
+        Ok(self.certificate())
+    }
+    /// Has all certificates of a client, or the one with this serial number, count no more, for ever:
+    /// new connections and requests are refused, open connections are cut. `by`: who asked for it.
+    ///
+    /// # Errors
+    /// [`MembershipError::UnknownCertificate`]; `Invalid` for what a member works with.
+    pub async fn revoke_certificates(
+        &self,
+        what: &str,
+        by: &str,
+    ) -> Result<Vec<v1::Certificate>, MembershipError> {
+        certificates::revoke(&self.node, what, by).await
+    }
+
     /// A gRPC channel to a member: mTLS, accepted only from that very node, shared and kept.
     /// It connects at its first use, and again after a failure.
     ///
@@ -329,18 +381,13 @@ impl Cluster {
         });
         channel.ok_or_else(|| MembershipError::UnknownNode(node.to_string()))
     }
-    /// Whether the other end of a connection may still ask for anything: a removed node's
-    /// certificate is good for years, and its connections may have outlived its membership.
+    /// Whether the other end of a connection may still ask for anything: it is no removed node, and
+    /// its certificate was not revoked.
     ///
     /// # Errors
-    /// `PERMISSION_DENIED`, in words by which the node learns that it was removed.
+    /// `PERMISSION_DENIED`, in words by which a node learns that it was removed.
     pub fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        match tls::peer(request) {
-            Some(tls::PeerIdentity::Node(id)) if self.node.was_removed(id) => {
-                Err(Status::permission_denied(REMOVED))
-            }
-            _ => Ok(()),
-        }
+        self.node.admit(request)
     }
     /// The calling node's id, if it is a present member.
     ///
@@ -348,6 +395,7 @@ impl Cluster {
     /// `PERMISSION_DENIED`, `UNAUTHENTICATED`
     pub fn require_member<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
         let id = tls::require_node(request)?;
+        self.node.admit(request)?;
         if self.node.was_removed(id) || !self.members().iter().any(|m| m.node_id == id) {
             return Err(Status::permission_denied(format!(
                 "node {id} is no member of this cluster"
@@ -399,8 +447,9 @@ impl Cluster {
         OpenError,
     > {
         let tls =
-            tls::member_server(self.node.identity()).map_err(|error| self.unusable(&error))?;
-        Ok(tls::incoming(listener, tls, Admit::Members(self.cluster_id().to_owned())))
+            tls::member_server(self.node.credentials()).map_err(|error| self.unusable(&error))?;
+        let admit = Admit::Members(self.cluster_id().to_owned(), self.node.trust().clone());
+        Ok(tls::incoming(listener, tls, admit))
     }
     /// Accepts server-authenticated TLS connections on the enrolment port.
     ///
@@ -413,7 +462,8 @@ impl Cluster {
         impl Stream<Item = std::io::Result<TlsConnection>> + Send + 'static + use<L>,
         OpenError,
     > {
-        let tls = tls::enrol_server(self.node.identity()).map_err(|error| self.unusable(&error))?;
+        let tls =
+            tls::enrol_server(self.node.credentials()).map_err(|error| self.unusable(&error))?;
         Ok(tls::incoming(listener, tls, Admit::Anyone))
     }
 

@@ -31,8 +31,12 @@ pub struct ClusterConfig {
     pub min_free_bytes: u64,
     /// How much history stays readable.
     pub retention: Retention,
+    /// How often the leader has all members' copies compared.
+    pub verify_every: Duration,
     /// How much there may be of everything.
     pub limits: Limits,
+    /// How long certificates last.
+    pub certificates: CertificateLives,
     /// Log entries between two snapshots.
     pub snapshot_every: u64,
     /// Log entries kept behind a snapshot for followers that lag a little.
@@ -56,7 +60,9 @@ impl ClusterConfig {
             request_timeout: Duration::from_secs(5),
             min_free_bytes: 32 << 20,
             retention: Retention::default(),
+            verify_every: Duration::from_secs(3600),
             limits: Limits::default(),
+            certificates: CertificateLives::default(),
             snapshot_every: 20_000,
             snapshot_keep: 5_000,
             host: Arc::new(ThisHost),
@@ -121,6 +127,26 @@ impl Default for Limits {
             client_requests_per_s: 500,
             watch_progress: Duration::from_secs(10),
         }
+    }
+}
+
+/// How long certificates last. The settings of the node that signs count: the leader's for nodes
+/// that renew theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CertificateLives {
+    /// A node's. It gets the next one after two thirds of this, so a node may be off for a third.
+    pub node: Duration,
+    /// A client's.
+    pub client: Duration,
+    /// So long after its end a certificate is still listed, and until each node has got its own since;
+    /// one that was revoked for ever.
+    pub memory: Duration,
+}
+
+impl Default for CertificateLives {
+    fn default() -> Self {
+        let day = Duration::from_secs(24 * 3600);
+        Self { node: 365 * day, client: 365 * day, memory: 30 * day }
     }
 }
 

@@ -11,7 +11,7 @@ use tonic::Code;
 use crate::host::Host;
 use crate::identity::token::Token;
 use crate::identity::{
-    Identity, NodeIdentity, any_node, fingerprint, request, request_for, write_private,
+    Identity, NodeIdentity, Pair, any_node, fingerprint, request, request_for, write_private,
 };
 use crate::membership::unix_now_s;
 use crate::tls::{channel, connect, enrol_client};
@@ -42,7 +42,7 @@ pub(crate) async fn enrol(
             witness: config.witness,
         };
         match ask(&config.host, &token, address, request).await {
-            Ok(answer) => return identity(&token, name, key_pem, answer),
+            Ok(answer) => return identity(&token, name, &key_pem, answer),
             Err(Failed::Here(why)) => tried.push(format!("{address}: {why}")),
             Err(Failed::Everywhere(error)) => return Err(error),
         }
@@ -81,7 +81,7 @@ async fn ask(
         });
     }
     let there = address.to_owned();
-    let channel = channel(host.clone(), tls, move || there.clone(), expect);
+    let channel = channel(host.clone(), tls, None, move || there.clone(), expect);
     let mut client = EnrolmentClient::new(channel);
     match client.enrol(request).await {
         Ok(answer) => Ok(answer.into_inner()),
@@ -99,7 +99,7 @@ async fn ask(
 fn identity(
     token: &Token,
     name: &Name,
-    key_pem: String,
+    key_pem: &str,
     answer: EnrolResponse,
 ) -> Result<Identity, JoinError> {
     let same_ca = fingerprint(&answer.ca_pem).as_ref() == Some(&token.ca_fingerprint);
@@ -113,8 +113,8 @@ fn identity(
             node_id: NodeId(answer.node_id),
             node_name: name.to_string(),
         },
-        key_pem,
-        certificate_pem: answer.certificate_pem,
+        pair: Pair::new(key_pem, &answer.certificate_pem),
+        previous: None,
         ca_pem: answer.ca_pem,
     })
 }

@@ -68,6 +68,9 @@ pub enum StoreError {
         /// How often it may ask.
         per_s: u32,
     },
+    /// This node does as much of it as it can.
+    #[error("this node is busy: {0}")]
+    Busy(String),
     /// A key under `priv/`.
     #[error("`{0}` is private to the cluster's agents and can be neither read nor written here")]
     Private(String),
@@ -314,6 +317,14 @@ pub enum MembershipError {
         "node {0} cannot remove itself: once it is no member it cannot finish the removal; ask another node for it"
     )]
     Itself(NodeId),
+    /// No such certificate.
+    #[error(
+        "no certificate is of a client `{0}` or has this serial number; see `clusterctl cluster cert list`"
+    )]
+    UnknownCertificate(String),
+    /// A node goes on with the certificate that it has.
+    #[error("the node did not get a new certificate: {0}; it goes on with the one that it has")]
+    NotRenewed(String),
     /// The request breaks a rule.
     #[error("{0}")]
     Invalid(String),

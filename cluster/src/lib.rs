@@ -15,6 +15,8 @@
 //! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
 //! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
 
+mod backup;
+mod certificates;
 mod cluster;
 mod config;
 mod consensus;
@@ -27,18 +29,21 @@ mod machine;
 mod membership;
 mod node;
 mod open;
+mod recover;
 mod removal;
 mod rename;
+mod restore;
 mod service;
 mod status;
 mod storage;
 pub mod tls;
 pub mod tree;
 mod types;
+mod verify;
 mod voters;
 
 pub use cluster::Cluster;
-pub use config::{ClusterConfig, Limits, RaftTimings, Retention};
+pub use config::{CertificateLives, ClusterConfig, Limits, RaftTimings, Retention};
 pub use consensus::RaftService;
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,
@@ -46,6 +51,8 @@ pub use error::{
 };
 pub use files::{FileChange, FileRefused, FileWriter};
 pub use open::{Opened, Uninitialized, open};
+pub use recover::{Heard, RecoverError, Recovered, Survey, Survivor, finish_recovery};
+pub use restore::{RestoreError, Restored};
 pub use service::EnrolmentService;
 pub use types::{
     Change, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome,

@@ -4,15 +4,17 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use proto::record::{RemovalRecord, RemovalState};
 use proto::{Name, NodeId, keys, v1};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use tonic::Status;
 
+use crate::certificates;
 use crate::consensus::{Forward, Forwarded, MemberNode};
 use crate::identity::token::{Token, TokenRecord, TokenUse};
-use crate::identity::{Ca, request_key_hash};
+use crate::identity::{Ca, Life, request_key_hash};
 use crate::node::Node;
 use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
 
@@ -22,6 +24,9 @@ const TOKEN_TTL_S: u32 = 3600;
 const TOKEN_TTL_MAX_S: u32 = 7 * 24 * 3600;
 /// Attempts of a transaction whose compares meet concurrent changes.
 const ATTEMPTS: usize = 16;
+
+/// The CA's key and certificate.
+pub(crate) const CA_KEY: &str = "priv/ca";
 
 fn key(rest: &str) -> String {
     format!("{}{rest}", keys::PRIV)
@@ -61,10 +66,11 @@ pub(crate) async fn write_first_records(
     ca: &Ca,
     name: &Name,
 ) -> Result<(), InitError> {
+    // The node records its certificate by itself, now or a moment later: here it would be a conflict.
     let txn = Txn::new()
         .by("system")
-        .if_absent(key("ca"))
-        .put(key("ca"), to_json(ca)?)
+        .if_absent(CA_KEY)
+        .put(CA_KEY, to_json(ca)?)
         .put(key("next-node-id"), to_json(&2u64)?)
         .put(name_key(name.as_str()), to_json(&1u64)?);
     match node.txn(txn).await? {
@@ -79,8 +85,8 @@ async fn read(node: &Node, key: &str) -> Result<Option<KeyValue>, StoreError> {
     Ok(node.get(key, Consistency::Linearizable).await?.0)
 }
 
-async fn ca(node: &Node) -> Result<Ca, StoreError> {
-    match read(node, &key("ca")).await? {
+pub(crate) async fn ca(node: &Node) -> Result<Ca, StoreError> {
+    match read(node, CA_KEY).await? {
         Some(kv) => from_json(&kv),
         None => Err(StoreError::Failed { why: "the cluster's CA record is missing".to_owned() }),
     }
@@ -98,7 +104,7 @@ pub(crate) async fn create_token(
         return Err(MembershipError::Invalid(text));
     }
     let random = |error: &dyn std::fmt::Display| MembershipError::Invalid(error.to_string());
-    let record = &node.identity().record;
+    let record = node.identity();
     // This node first: it is surely up.
     let mut members = node.members();
     members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
@@ -138,9 +144,7 @@ pub(crate) async fn issue_client(
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
     let ca = ca(node).await?;
-    let certificate_pem = ca
-        .sign_client(&node.identity().record.cluster_id, name.as_str(), csr_pem)
-        .map_err(|error| MembershipError::Invalid(error.to_string()))?;
+    let certificate_pem = certificates::issue_client(node, &ca, name.as_str(), csr_pem).await?;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
     Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
 }
@@ -187,10 +191,18 @@ pub(crate) async fn enrol(
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     let id = admit(node, &request, &name, &key_hash).await?;
     let ca = ca(node).await?;
-    let record = &node.identity().record;
+    let record = node.identity();
+    let life = Life::from_now(node.config().certificates.node);
     let certificate_pem = ca
-        .sign_node(&record.cluster_id, id, &request.csr_pem)
-        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        .sign_node(&record.cluster_id, id, &request.csr_pem, life)
+        .map_err(|error| certificates::not_signed(&error))?;
+    // Also for one that was let in before, but did not get the answer. Not for one that was removed
+    // since: an id is given once, and its token is used up.
+    let present = Txn::new().by("system").if_absent(keys::removal(id));
+    let noted = certificates::enrolled(present, &certificate_pem)?;
+    if !node.txn(noted).await?.committed() {
+        return Err(removed_since(id));
+    }
     let member = MemberNode {
         name: name.to_string(),
         api_address: request.api_address,
@@ -202,8 +214,10 @@ pub(crate) async fn enrol(
     let deadline = Instant::now() + node.config().request_timeout;
     match node.ask_leader(add, deadline).await? {
         Forwarded::Done => {}
+        Forwarded::Refused(_) => return Err(removed_since(id)),
         other => return Err(Status::unavailable(format!("the node was not added: {other:?}"))),
     }
+    take_back_if_removed(node, id).await?;
     Ok(v1::EnrolResponse {
         cluster_id: record.cluster_id.clone(),
         cluster_name: record.cluster_name.clone(),
@@ -212,6 +226,25 @@ pub(crate) async fn enrol(
         ca_pem: ca.certificate_pem,
         members: node.members().into_iter().map(Into::into).collect(),
     })
+}
+
+fn removed_since(id: NodeId) -> Status {
+    Status::permission_denied(format!(
+        "node {id}, which came in with this join token, was removed from the cluster: empty the data folder, make a new token with `clusterctl cluster token create` and join with that"
+    ))
+}
+
+/// A removal that ran while the node was added may have found nobody to take out.
+async fn take_back_if_removed(node: &Node, id: NodeId) -> Result<(), Status> {
+    let Some(kv) = read(node, &keys::removal(id)).await? else { return Ok(()) };
+    // One that is only announced takes the node out itself.
+    if from_json::<RemovalRecord>(&kv)?.state == RemovalState::Removed {
+        let until = Instant::now() + node.config().request_timeout;
+        if let Err(error) = node.ask_leader(Forward::Remove { id: id.0 }, until).await {
+            tracing::warn!(node = %id, %error, "it was removed, and is listed as a member again");
+        }
+    }
+    Err(removed_since(id))
 }
 
 fn check_clock(theirs: u64, ours: u64) -> Result<(), Status> {
@@ -353,7 +386,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         Vec::new()
     };
     let metrics = node.metrics();
-    let record = &node.identity().record;
+    let record = node.identity();
     let members = node.members();
     let voters = members.iter().filter(|member| member.voter).count();
     let up = members
@@ -390,6 +423,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         failures_tolerated: u32::try_from(failures).unwrap_or(u32::MAX),
         // The agent knows what runs where.
         if_fails: Vec::new(),
+        verification: crate::verify::last(node),
     }
 }
 

@@ -10,11 +10,11 @@ use tokio::time::Instant;
 
 use crate::consensus::{MemberNode, lead};
 use crate::host::{Host, blocking};
-use crate::identity::{Ca, Identity, NodeIdentity, request};
-use crate::membership;
+use crate::identity::{Ca, Identity, Life, NodeIdentity, Pair, request};
 use crate::node::{self, Node};
 use crate::storage::{Db, FolderLock};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
+use crate::{membership, recover, restore};
 
 /// What a data folder turned out to be.
 #[derive(Debug)]
@@ -45,6 +45,18 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
         return Err(OpenError::Removed { path: folder.clone() });
     }
     let Some(identity) = Identity::load(folder)? else {
+        if recover::is_interrupted(folder) {
+            return Err(OpenError::Unusable {
+                path: folder.clone(),
+                detail: "a recovery was interrupted while its files were exchanged; run `node-agent recover` again: it goes on from there".to_owned(),
+            });
+        }
+        if ["node.pem", "ca.crt", "db"].iter().all(|part| folder.join(part).exists()) {
+            return Err(OpenError::Unusable {
+                path: folder.join("identity.json"),
+                detail: "is missing, and the rest of a member is here: put it back; or, if this node is of no cluster any more, empty the data folder".to_owned(),
+            });
+        }
         return Ok(Opened::Fresh(Uninitialized {
             config: Box::new(config),
             lock: Mutex::new(Some(lock)),
@@ -81,6 +93,16 @@ impl Uninitialized {
     /// # Errors
     /// [`InitError`]
     pub async fn init(&self, cluster_name: &str, node_name: &str) -> Result<Cluster, InitError> {
+        self.form(cluster_name, node_name, None).await
+    }
+
+    /// The same, with what a backup holds.
+    pub(crate) async fn form(
+        &self,
+        cluster_name: &str,
+        node_name: &str,
+        data: Option<&restore::Checked>,
+    ) -> Result<Cluster, InitError> {
         let _one = self.busy.lock().await;
         let cluster_name: Name = cluster_name.parse()?;
         let node_name: Name = node_name.parse()?;
@@ -89,10 +111,12 @@ impl Uninitialized {
         let cluster_id = new_id().map_err(|error| made(&error))?;
         let ca = Ca::make(&cluster_id).map_err(|error| made(&error))?;
         let node_id = NodeId(1);
+        let life = Life::from_now(self.config.certificates.node);
+        let certificate =
+            ca.sign_node(&cluster_id, node_id, &csr, life).map_err(|error| made(&error))?;
         let identity = Identity {
-            certificate_pem: ca
-                .sign_node(&cluster_id, node_id, &csr)
-                .map_err(|error| made(&error))?,
+            pair: Pair::new(&key_pem, &certificate),
+            previous: None,
             ca_pem: ca.certificate_pem.clone(),
             record: NodeIdentity {
                 cluster_id,
@@ -100,11 +124,13 @@ impl Uninitialized {
                 node_id,
                 node_name: node_name.to_string(),
             },
-            key_pem,
         };
         let node = self.start_empty(identity.clone()).await?;
-        let first = self.first_records(&node, &ca, &node_name).await;
-        if let Err(error) = first.and_then(|()| Ok(identity.store(&self.config.data_dir)?)) {
+        let mut done = self.first_records(&node, &ca, &node_name).await;
+        if let (Ok(()), Some(data)) = (&done, data) {
+            done = data.write(&node).await;
+        }
+        if let Err(error) = done.and_then(|()| Ok(identity.store(&self.config.data_dir)?)) {
             self.give_back(&node).await;
             return Err(error);
         }

@@ -15,7 +15,8 @@ impl From<&StoreError> for Status {
             StoreError::Forgotten { .. } => Self::out_of_range(text),
             StoreError::Invalid(_) | StoreError::TooLarge(_) => Self::invalid_argument(text),
             StoreError::Private(_) => Self::permission_denied(text),
-            StoreError::DiskFull { .. }
+            StoreError::Busy(_)
+            | StoreError::DiskFull { .. }
             | StoreError::NoSpace { .. }
             | StoreError::TooOften { .. } => Self::resource_exhausted(text),
             StoreError::Failed { .. } => Self::internal(text),
@@ -34,7 +35,10 @@ impl From<MembershipError> for Status {
     fn from(error: MembershipError) -> Self {
         let text = error.to_string();
         match error {
-            MembershipError::UnknownNode(_) => Self::not_found(text),
+            MembershipError::UnknownNode(_) | MembershipError::UnknownCertificate(_) => {
+                Self::not_found(text)
+            }
+            MembershipError::NotRenewed(_) => Self::unavailable(text),
             MembershipError::QuorumAtRisk { .. }
             | MembershipError::LastNode(_)
             | MembershipError::OwnsVms { .. }

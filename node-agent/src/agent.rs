@@ -20,11 +20,14 @@ use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError
 use futures::future::BoxFuture;
 use ha_manager::Timing;
 use proto::Name;
-use proto::v1::{InitRequest, InitResponse, JoinRequest, JoinResponse};
+use proto::v1::{
+    InitRequest, InitResponse, JoinRequest, JoinResponse, RestoreNames, RestoreRequest,
+    RestoreResponse,
+};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, mpsc};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, Streaming};
 
 use crate::api::{self, Api, Former};
 use crate::config::Config;
@@ -85,8 +88,12 @@ struct Listeners {
 /// # Errors
 /// What keeps it from starting, or going on.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    on_a_runtime(run_until_told(config))
+}
+
+pub(crate) fn on_a_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(run_until_told(config));
+    let ended = runtime.block_on(work);
     runtime.shutdown_timeout(Duration::from_secs(2));
     ended
 }
@@ -337,6 +344,15 @@ impl Former for Arc<Agent> {
         let agent = self.clone();
         formed(tokio::spawn(async move { agent.form_join(&agent, request).await })).await
     }
+
+    async fn restore(&self, chunks: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status> {
+        if self.fresh.lock().await.is_none() {
+            return Err(self.already());
+        }
+        let (names, file) = crate::restore::receive(&self.config.data_dir, chunks).await?;
+        let agent = self.clone();
+        formed(tokio::spawn(async move { agent.form_restore(&agent, names, file).await })).await
+    }
 }
 
 async fn formed<T>(task: tokio::task::JoinHandle<Result<T, Status>>) -> Result<T, Status> {
@@ -382,6 +398,34 @@ impl Agent {
         Ok(answer)
     }
 
+    async fn form_restore(
+        &self,
+        this: &Arc<Self>,
+        names: RestoreNames,
+        file: File,
+    ) -> Result<RestoreResponse, Status> {
+        let mut fresh = self.fresh.lock().await;
+        let Some(folder) = fresh.as_ref() else { return Err(self.already()) };
+        let node_name = self.node_name(&names.node_name)?;
+        let listeners = self.bind().await.map_err(|error| Self::internal(&error))?;
+        let made = folder.restore(file, &names.cluster_name, &node_name).await;
+        let (cluster, restored) = made.map_err(|error| api::restore_status(&error))?;
+        *fresh = None;
+        let answer = RestoreResponse {
+            cluster_id: cluster.cluster_id().to_owned(),
+            cluster_name: cluster.cluster_name().to_owned(),
+            node_id: cluster.node_id().0,
+            ca_fingerprint: cluster.ca_fingerprint().to_owned(),
+            from_cluster_id: restored.header.cluster_id,
+            from_revision: restored.header.revision,
+            keys: restored.keys,
+            vms: restored.vms,
+        };
+        let member = this.become_member(cluster, listeners).await;
+        member.map_err(|error| Self::internal(&error))?;
+        Ok(answer)
+    }
+
     async fn form_join(
         &self,
         this: &Arc<Self>,
@@ -405,7 +449,7 @@ impl Agent {
 }
 
 /// One agent for each run folder: the VM processes in it are its own.
-fn lock_run_folder(folder: &Path) -> anyhow::Result<File> {
+pub(crate) fn lock_run_folder(folder: &Path) -> anyhow::Result<File> {
     use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
     let failed = |error: std::io::Error| {
         anyhow::anyhow!("cannot use the run folder {}: {error}", folder.display())
@@ -431,7 +475,7 @@ fn not_opened(error: OpenError) -> anyhow::Error {
     }
 }
 
-fn cluster_config(config: &Config) -> ClusterConfig {
+pub(crate) fn cluster_config(config: &Config) -> ClusterConfig {
     let timing = &config.timing;
     let (api, enrol) = (config.advertised_api(), config.advertised_enrol());
     ClusterConfig {

@@ -40,6 +40,8 @@ pub mod network;
 pub mod node;
 pub mod outlook;
 pub mod reconcile;
+pub mod recover;
+mod restore;
 pub mod storage;
 pub mod store;
 pub mod supervisor;

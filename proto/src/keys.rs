@@ -17,6 +17,8 @@ pub const STORAGE_DOCUMENT: &str = "storage.toml";
 pub const NETWORKS_DOCUMENT: &str = "networks.toml";
 /// The document of the cluster's settings.
 pub const CLUSTER_DOCUMENT: &str = "cluster.toml";
+/// All records of the system.
+pub const STATUS: &str = "status/";
 /// All placement records.
 pub const PLACEMENTS: &str = "status/vms/";
 /// All node records.
@@ -25,12 +27,20 @@ pub const NODES: &str = "status/nodes/";
 pub const FENCED: &str = "status/fenced/";
 /// All removal records.
 pub const REMOVALS: &str = "status/removals/";
+/// All records of certificates.
+pub const CERTIFICATES: &str = "status/certificates/";
 /// Which leader may act for HA.
 pub const HA_LEADER: &str = "status/ha/leader";
+/// How the members' copies compared last.
+pub const VERIFICATION: &str = "status/verification";
 /// All disk claims.
 pub const DISKS: &str = "status/disks/";
 /// All that is for root alone: CA key, join tokens.
 pub const PRIV: &str = "priv/";
+
+/// What makes this cluster itself, or lets somebody in: its CA, join tokens, the names and ids of
+/// its nodes.
+pub const IDENTITY: [&str; 4] = ["priv/ca", "priv/tokens/", "priv/names/", "priv/next-node-id"];
 
 /// A VM's document.
 #[must_use]
@@ -57,6 +67,12 @@ pub fn fenced(node: NodeId) -> String {
 #[must_use]
 pub fn removal(node: NodeId) -> String {
     format!("{REMOVALS}{:020}", node.0)
+}
+/// The record of a certificate that the cluster's CA has issued, by its serial number (lower-case
+/// hexadecimal).
+#[must_use]
+pub fn certificate(serial: &str) -> String {
+    format!("{CERTIFICATES}{serial}")
 }
 /// The claim of one VM on a writable disk image, `pool/name`.
 #[must_use]

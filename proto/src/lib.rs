@@ -2,10 +2,12 @@
 //!
 //! [`v1`] is generated from `proto/holdfast/v1/*.proto`. The rest are the types whose rules are
 //! checked when they are made: ids, revisions, generations, VM documents, the records that the
-//! system keeps in the replicated configuration, and the keys they live under.
+//! system keeps in the replicated configuration, the keys they live under, and the format of
+//! backups.
 //!
 //! Architecture invariant: no I/O, no clock, no async of its own.
 
+pub mod backup;
 pub mod document;
 pub mod documents;
 mod ids;

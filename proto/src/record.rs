@@ -204,6 +204,106 @@ pub enum RemovalState {
     Removed,
 }
 
+/// How the members' copies of the configuration compared, each at the same place of the log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerificationRecord {
+    /// When, in Unix milliseconds of the node that compared them; for people.
+    pub at_unix_ms: u64,
+    /// The log entry after which each computed its checksum.
+    pub log_index: u64,
+    /// The store's revision there.
+    pub revision: u64,
+    /// By node id.
+    pub members: Vec<MemberVerification>,
+}
+
+/// One member's part of a [`VerificationRecord`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberVerification {
+    /// Who.
+    pub node: NodeId,
+    /// Its name then.
+    pub name: String,
+    /// How its copy compares.
+    pub outcome: VerificationOutcome,
+    /// SHA-256, hexadecimal; empty: unknown.
+    #[serde(default)]
+    pub checksum: String,
+    /// What differs, why it is unknown, or how it cannot be read.
+    #[serde(default)]
+    pub detail: String,
+}
+
+/// How a member's copy compares with what most members have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VerificationOutcome {
+    /// It is the same.
+    Same,
+    /// It is not; or there is no telling which copies are right.
+    Differs,
+    /// It gave no checksum.
+    Unknown,
+    /// It cannot be read: its node has a fault.
+    Faulty,
+}
+
+impl VerificationOutcome {
+    /// The word shown to people.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Same => "same",
+            Self::Differs => "differs",
+            Self::Unknown => "unknown",
+            Self::Faulty => "faulty",
+        }
+    }
+}
+
+/// A certificate that the cluster's CA has issued. It stays until some time after its end; one that
+/// was revoked stays for ever.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateRecord {
+    /// Whose it is.
+    pub holder: CertificateHolder,
+    /// Seconds since 1970, by the clock of the node that signed it.
+    pub issued_unix_s: u64,
+    /// Its end, seconds since 1970.
+    pub expires_unix_s: u64,
+    /// SHA-256 of its public key, hexadecimal: no key gets a second certificate.
+    pub key_hash: String,
+    /// Its node may show it. Set before the node first does, cleared once the node shows another
+    /// one; of a client's nothing is known.
+    #[serde(default)]
+    pub in_use: bool,
+    /// It counts no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<Revocation>,
+    /// Why its holder, a node, has not got the next one yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// Whom a certificate names.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CertificateHolder {
+    /// A node of the cluster.
+    Node(NodeId),
+    /// A client.
+    Client(String),
+}
+
+/// When a certificate was revoked, and by whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Seconds since 1970.
+    pub at_unix_s: u64,
+    /// Who asked for it.
+    pub by: String,
+}
+
 /// One VM's exclusive right to write an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskClaim {

@@ -1,5 +1,13 @@
 //! `clusterctl cluster`: form it, join it, see how it is.
 
+mod backup;
+mod certificates;
+mod restore;
+mod verify;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
 use clap::Subcommand;
 use proto::v1;
 use proto::v1::membership_client::MembershipClient;
@@ -39,6 +47,38 @@ pub(crate) enum Command {
         after_help = "Examples:\n  clusterctl cluster status\n  clusterctl cluster status -o json"
     )]
     Status,
+    /// Compare the members' copies of the configuration, each at the same place of the log
+    #[command(
+        after_help = "The leader does the same each hour; `clusterctl cluster status` shows how the last one ended.\nExit code 1 where copies differ, or a member could not be compared.\n\nExamples:\n  clusterctl cluster verify"
+    )]
+    Verify,
+    /// Write the configuration, secrets included, into a file
+    #[command(after_help = backup::AFTER_HELP)]
+    Backup {
+        /// The file; it is made with mode 0600
+        file: PathBuf,
+        /// What the asked node has, also without a quorum
+        #[arg(long)]
+        stale: bool,
+        /// Replace the file
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make this node the first of a new cluster with the data of a backup
+    #[command(after_help = restore::AFTER_HELP)]
+    Restore {
+        /// What `clusterctl cluster backup` wrote
+        file: PathBuf,
+        /// The new cluster's name; the old one's where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        name: String,
+        /// This node's name; as configured where absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        node_name: String,
+        /// All VMs of the old cluster are off: do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Have another node lead: the one that is named, else the one that is furthest
     #[command(
         after_help = "Examples:\n  clusterctl cluster transfer-leader\n  clusterctl cluster transfer-leader node2"
@@ -48,6 +88,9 @@ pub(crate) enum Command {
         #[arg(default_value = "", hide_default_value = true)]
         node: String,
     },
+    /// Certificates of nodes and clients: who has which, until when
+    #[command(subcommand)]
+    Cert(certificates::Command),
     /// Remove a node that owns no VMs; drain it first
     #[command(
         after_help = "Examples:\n  clusterctl node drain node3 && clusterctl cluster remove node3"
@@ -67,7 +110,7 @@ pub(crate) enum Token {
     Create {
         /// How long it is valid
         #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
-        ttl: std::time::Duration,
+        ttl: Duration,
     },
 }
 
@@ -107,11 +150,20 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let status = session.call("see the cluster's status", status).await?;
             output::print(format, &status, status_table)
         }
+        Command::Verify => verify::run(session, client).await,
+        Command::Backup { file, stale, force } => {
+            backup::run(session, client, &file, stale, force).await
+        }
+        Command::Restore { file, name, node_name, yes } => {
+            let wanted = restore::Wanted { name, node_name, yes };
+            restore::run(session, client, &file, wanted).await
+        }
         Command::TransferLeader { node } => {
             let moved = client.transfer_leader(v1::TransferLeaderRequest { node });
             let moved = session.call("move leadership", moved).await?;
             output::print(format, &moved, |moved| format!("{} leads", moved.leader))
         }
+        Command::Cert(command) => certificates::run(session, command).await,
         Command::Remove { node } => {
             let request = v1::RemoveNodeRequest { node: node.clone() };
             let what = format!("remove node {node}");
@@ -156,6 +208,7 @@ fn status_table(status: &v1::ClusterStatus) -> String {
         ("term", status.term.to_string()),
         ("revision", status.revision.to_string()),
         ("answered by", name_of(status.answered_by)),
+        ("copies", status.verification.as_ref().map(copies).unwrap_or_default()),
     ]);
     let rows = status.members.iter().map(|status_of| {
         let member = status_of.member.clone().unwrap_or_default();
@@ -177,6 +230,11 @@ fn status_table(status: &v1::ClusterStatus) -> String {
     let outlook: Vec<&str> = status.if_fails.iter().map(|fails| fails.summary.as_str()).collect();
     let gap = if outlook.is_empty() { "" } else { "\n\n" };
     format!("{head}\n\n{}{gap}{}", members.trim_end(), outlook.join("\n"))
+}
+
+fn copies(found: &v1::Verification) -> String {
+    let when = output::ago(found.at_unix_ms);
+    format!("{}; at revision {}, {when}", found.summary, found.revision)
 }
 
 fn role(voter: bool, witness: bool) -> &'static str {
@@ -206,9 +264,19 @@ mod tests {
                 summary: "if node1 fails: quorum is lost".into(),
                 ..v1::NodeFailure::default()
             }],
+            verification: Some(v1::Verification {
+                revision: 9,
+                differs: true,
+                summary: "THE COPIES DIFFER: n2 (its data differ)".into(),
+                ..v1::Verification::default()
+            }),
             ..v1::ClusterStatus::default()
         };
         let text = status_table(&status);
+        assert!(
+            text.contains("copies       THE COPIES DIFFER: n2") && text.contains("revision 9"),
+            "{text}"
+        );
         assert!(text.contains("quorum       NO:") && text.contains("leader       none"), "{text}");
         assert!(text.contains("answered by  node1"), "{text}");
         assert!(

@@ -20,6 +20,15 @@ use tonic::{Request, Response, Status, Streaming};
 type Answer<T> = Result<Response<T>, Status>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// How the stream of a backup goes on after what was set.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum BackupEnd {
+    #[default]
+    Ends,
+    Breaks,
+    Stalls,
+}
+
 /// What happened to the agent.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
@@ -29,6 +38,10 @@ pub(crate) struct Seen {
     /// What the last import said of itself.
     pub(crate) header: std::sync::Mutex<v1::Image>,
     pub(crate) config: config::Store,
+    pub(crate) backup: std::sync::Mutex<(Vec<u8>, BackupEnd)>,
+    pub(crate) restored: std::sync::Mutex<Vec<u8>>,
+    /// What comparing the copies comes to.
+    pub(crate) verification: std::sync::Mutex<v1::Verification>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -269,6 +282,21 @@ impl v1::storage_server::Storage for Agent {
     }
 }
 
+/// Issued three hours ago, good for 30 hours more.
+fn certificate(kind: &str, name: &str, serial: &str, state: &str) -> v1::Certificate {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now_unix_s = now.as_secs();
+    v1::Certificate {
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        serial: serial.to_owned(),
+        issued_unix_s: now_unix_s - 3600 * 3,
+        expires_unix_s: now_unix_s + 3600 * 30,
+        state: state.to_owned(),
+        ..v1::Certificate::default()
+    }
+}
+
 #[tonic::async_trait]
 impl v1::membership_server::Membership for Agent {
     async fn init(&self, _: Request<v1::InitRequest>) -> Answer<v1::InitResponse> {
@@ -298,11 +326,89 @@ impl v1::membership_server::Membership for Agent {
     ) -> Answer<v1::TransferLeaderResponse> {
         Ok(Response::new(v1::TransferLeaderResponse::default()))
     }
+    async fn restore(
+        &self,
+        request: Request<Streaming<v1::RestoreRequest>>,
+    ) -> Answer<v1::RestoreResponse> {
+        let mut chunks = request.into_inner();
+        let first = chunks.message().await?.and_then(|first| first.names);
+        let names = first.ok_or_else(|| Status::invalid_argument("no names"))?;
+        if names.cluster_name == "member" {
+            return Err(Status::already_exists("this node already belongs to the cluster `lab`"));
+        }
+        while let Some(chunk) = chunks.message().await? {
+            self.0.restored.lock().unwrap().extend(chunk.data);
+        }
+        let cluster_name = names.cluster_name;
+        Ok(Response::new(v1::RestoreResponse {
+            cluster_name,
+            vms: 3,
+            ..v1::RestoreResponse::default()
+        }))
+    }
+    type BackupStream = Answers<v1::BackupChunk>;
+    /// What was set, and then the end, an error, or silence.
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Answer<Answers<v1::BackupChunk>> {
+        let (bytes, end) = self.0.backup.lock().unwrap().clone();
+        let pieces = bytes.chunks(1000).map(|data| Ok(v1::BackupChunk { data: data.to_vec() }));
+        let pieces = stream(pieces.collect());
+        Ok(Response::new(match end {
+            BackupEnd::Ends => pieces,
+            BackupEnd::Breaks => {
+                Box::pin(pieces.chain(stream(vec![Err(Status::internal("its disk failed"))])))
+            }
+            BackupEnd::Stalls => Box::pin(pieces.chain(tokio_stream::pending())),
+        }))
+    }
+    async fn verify(&self, _: Request<v1::VerifyRequest>) -> Answer<v1::Verification> {
+        Ok(Response::new(self.0.verification.lock().unwrap().clone()))
+    }
     async fn issue_client(
         &self,
         _: Request<v1::IssueClientRequest>,
     ) -> Answer<v1::IssueClientResponse> {
         Err(Status::permission_denied("for root alone"))
+    }
+    async fn list_certificates(
+        &self,
+        _: Request<v1::ListCertificatesRequest>,
+    ) -> Answer<v1::ListCertificatesResponse> {
+        let node = certificate("node", "node1", "4a01", "expiring");
+        let trouble = "no leader is known".to_owned();
+        let node = v1::Certificate { node_id: 1, trouble, ..node };
+        let client = certificate("client", "ann", "4b02", "revoked");
+        let certificates = vec![certificate("ca", "lab", "4c03", "valid"), node, client];
+        Ok(Response::new(v1::ListCertificatesResponse { certificates }))
+    }
+    async fn renew_certificates(
+        &self,
+        request: Request<v1::RenewCertificatesRequest>,
+    ) -> Answer<v1::RenewCertificatesResponse> {
+        let one = |node: &str, node_id, error: &str| v1::RenewedCertificate {
+            node: node.to_owned(),
+            node_id,
+            certificate: error.is_empty().then(|| certificate("node", node, "4d04", "valid")),
+            error: error.to_owned(),
+        };
+        let node1 = one("node1", 1, "");
+        let renewed = match request.into_inner().node.as_str() {
+            "" => vec![node1, one("node2", 2, "it cannot be asked: connection refused")],
+            "node1" => vec![node1],
+            other => return Err(Status::not_found(format!("there is no node `{other}`"))),
+        };
+        Ok(Response::new(v1::RenewCertificatesResponse { renewed }))
+    }
+    async fn revoke_certificates(
+        &self,
+        request: Request<v1::RevokeCertificatesRequest>,
+    ) -> Answer<v1::RevokeCertificatesResponse> {
+        match request.into_inner().what.as_str() {
+            "ann" => {
+                let revoked = vec![certificate("client", "ann", "4b02", "revoked")];
+                Ok(Response::new(v1::RevokeCertificatesResponse { revoked }))
+            }
+            other => Err(Status::not_found(format!("no certificate is of a client `{other}`"))),
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use openraft::{OptionalSend, RaftLogReader};
 
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use crate::machine::{decode, encode};
-use crate::storage::{Cf, Db};
+use crate::storage::{Cf, Db, View};
 
 const VOTE: &[u8] = b"vote";
 const COMMITTED: &[u8] = b"committed";
@@ -42,7 +42,7 @@ impl LogStore {
                     break;
                 }
                 bytes += value.len();
-                entries.push(decode(&value)?);
+                entries.push(entry(&key, &value)?);
             }
             Ok(entries)
         })
@@ -51,6 +51,28 @@ impl LogStore {
     fn setting<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> io::Result<Option<T>> {
         self.db.view(|view| view.raw(Cf::Vote, key)?.map(|bytes| decode(&bytes)).transpose())
     }
+}
+
+/// The last index that a database knows to be committed.
+pub(super) fn committed(view: &View<'_>) -> io::Result<u64> {
+    let row = view.raw(Cf::Vote, COMMITTED)?;
+    let id: Option<Option<LogId>> = row.map(|bytes| decode(&bytes)).transpose()?;
+    Ok(id.flatten().map_or(0, |id| id.index))
+}
+
+/// An entry of the log. One that cannot be read stops this member: to pass over it would make its
+/// copy another one than everybody else's.
+pub(super) fn entry(key: &[u8], value: &[u8]) -> io::Result<Entry> {
+    let index = index_of(key)?;
+    decode(value).map_err(|error| {
+        let version = env!("CARGO_PKG_VERSION");
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "log entry {index} cannot be read by this agent, version {version} ({error}): another version wrote it, or it is damaged; all nodes of a cluster run the same version: install the one that the others run, and if the error stays, remove this node, empty its data folder and join again"
+            ),
+        )
+    })
 }
 
 fn index_of(key: &[u8]) -> io::Result<u64> {
@@ -97,7 +119,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let last_purged_log_id: Option<LogId> = self.setting(PURGED)?;
         let last = self.db.view(|view| {
             let row = view.raw_last(Cf::Log)?;
-            row.map(|(_, value)| decode::<Entry>(&value)).transpose()
+            row.map(|(key, value)| entry(&key, &value)).transpose()
         })?;
         let last_log_id = last.map(|entry| entry.log_id).or(last_purged_log_id);
         Ok(LogState { last_purged_log_id, last_log_id })
@@ -154,5 +176,31 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             batch.put(Cf::Vote, PURGED, &purged)?;
             batch.delete_range(Cf::Log, &[0; 8], &to.to_be_bytes())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::ThisHost;
+    use crate::storage::FolderLock;
+
+    #[tokio::test]
+    async fn an_entry_of_another_version_is_an_error_that_says_so()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let folder = tempfile::tempdir()?;
+        let lock = FolderLock::take(folder.path())?;
+        let db = Arc::new(Db::create(folder.path(), lock, Arc::new(ThisHost))?);
+        db.write(|batch| batch.put(Cf::Log, &7u64.to_be_bytes(), &[0xff; 40]))?;
+        let mut log = LogStore::new(db.clone());
+        let read = log.try_get_log_entries(0..9).await.map(drop);
+        let begun = log.get_log_state().await.map(drop);
+        for failed in [read, begun] {
+            let text = failed.err().ok_or("it was read")?.to_string();
+            assert!(text.contains("log entry 7 cannot be read"), "{text}");
+            assert!(text.contains("run the same version"), "{text}");
+        }
+        db.close();
+        Ok(())
     }
 }

@@ -4,6 +4,8 @@
 //! [`network`](Network) sends its messages, [`start`] puts them together.
 
 pub(crate) mod change;
+mod checksum;
+mod held;
 pub(crate) mod lead;
 mod log_store;
 mod network;
@@ -18,9 +20,11 @@ mod types;
 mod suite_tests;
 
 pub(crate) use change::Seen;
+pub(crate) use checksum::{Checked, Checksum};
+pub(crate) use held::{Held, held, settled};
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
-pub(crate) use network::{Network, Peers, REMOVED, ask};
+pub(crate) use network::{Network, Peers, REMOVED, ask, hello, renew};
 pub(crate) use recent::Look;
 pub use service::RaftService;
 pub(crate) use service::{Forward, Forwarded};

@@ -21,7 +21,7 @@ use openraft::raft::{
 };
 use proto::NodeId;
 use proto::v1::raft_client::RaftClient;
-use proto::v1::{RaftMessage, SnapshotChunk};
+use proto::v1::{RaftMessage, RenewRequest, SnapshotChunk};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tonic::Status;
@@ -32,7 +32,7 @@ use super::snapshot::SnapshotFile;
 use super::types::{LogId, MemberNode, Snapshot, TypeConfig, Vote};
 use crate::host::{Host, blocking};
 use crate::identity::node_host;
-use crate::tls::channel;
+use crate::tls::{Trust, channel};
 
 /// The largest message that is taken from a member, bytes.
 pub(super) const MESSAGE_MAX: usize = 64 << 20;
@@ -44,6 +44,7 @@ const CHUNK: usize = 1 << 20;
 pub(crate) struct Peers {
     host: Arc<dyn Host>,
     tls: Arc<rustls::ClientConfig>,
+    trust: Arc<Trust>,
     cluster_id: String,
     addresses: Arc<Mutex<HashMap<u64, String>>>,
     shared: Mutex<HashMap<u64, Channel>>,
@@ -53,9 +54,10 @@ impl Peers {
     pub(crate) fn new(
         host: Arc<dyn Host>,
         tls: Arc<rustls::ClientConfig>,
+        trust: Arc<Trust>,
         cluster_id: String,
     ) -> Self {
-        Self { host, tls, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
+        Self { host, tls, trust, cluster_id, addresses: Arc::default(), shared: Mutex::default() }
     }
 
     /// A node is reached here from now on.
@@ -74,7 +76,8 @@ impl Peers {
             let addresses = addresses.lock().unwrap_or_else(PoisonError::into_inner);
             addresses.get(&node).cloned().unwrap_or_default()
         };
-        Some(channel(self.host.clone(), self.tls.clone(), address, expect))
+        let (tls, trust) = (self.tls.clone(), Some(self.trust.clone()));
+        Some(channel(self.host.clone(), tls, trust, address, expect))
     }
 
     /// The connection that all callers share.
@@ -124,6 +127,53 @@ pub(crate) async fn ask(
                 Forwarded::Unknown(why)
             }
         }
+    }
+}
+
+/// Greets a member. The error says what came instead of its greeting.
+pub(crate) async fn hello(
+    channel: Channel,
+    removed: &tokio::sync::watch::Sender<bool>,
+) -> Result<(), String> {
+    let message = to_message(&Forward::Hello).map_err(|status| status.message().to_owned())?;
+    match raft_client(channel).forward(message).await {
+        Ok(_) => Ok(()),
+        Err(status) => {
+            note_removal(removed, &status);
+            Err(in_full(&status))
+        }
+    }
+}
+
+/// A call's failure with its causes: "transport error" says nothing.
+fn in_full(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Asks the leader for a certificate. The error says why there is none.
+pub(crate) async fn renew(
+    channel: Channel,
+    request: RenewRequest,
+    limit: Duration,
+    removed: &tokio::sync::watch::Sender<bool>,
+) -> Result<String, String> {
+    let mut client = raft_client(channel);
+    match tokio::time::timeout(limit, client.renew(request)).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner().certificate_pem),
+        Ok(Err(status)) => {
+            note_removal(removed, &status);
+            Err(status.message().to_owned())
+        }
+        Err(_) => Err("the leader did not answer in time".to_owned()),
     }
 }
 

@@ -2,19 +2,23 @@
 
 use std::io::Write;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use openraft::raft::AppendEntriesRequest;
 use proto::NodeId;
 use proto::v1::raft_server::Raft as RaftApi;
-use proto::v1::{RaftMessage, SnapshotChunk};
+use proto::v1::{RaftMessage, RenewRequest, RenewResponse, SnapshotChunk};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::network::{REMOVED, from_message, to_message};
+use super::checksum::Checked;
+use super::network::{from_message, to_message};
 use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::certificates;
 use crate::host::blocking;
 use crate::machine::{Reply, TxnCommand};
 use crate::membership::check_described;
@@ -43,6 +47,10 @@ pub(crate) enum Forward {
     Describe { id: u64, node: MemberNode },
     /// Change the label that people see.
     Rename { id: u64, name: String },
+    /// Have every member compute a checksum at one place of the log.
+    Check,
+    /// What came of that on the member that is asked, leader or not.
+    Checked { index: u64 },
 }
 
 /// What the leader answers.
@@ -74,26 +82,49 @@ pub(crate) enum Forwarded {
     Leader(u64),
     /// Not done, and trying again will not help: why.
     Refused(String),
+    /// A member's checksum.
+    Checked(Checked),
 }
 
 /// Serves Raft's messages.
 #[derive(Debug, Clone)]
 pub struct RaftService {
     node: Arc<Node>,
+    /// When entries that cannot be read were last mentioned in the log.
+    mentioned: Arc<Mutex<Option<Instant>>>,
 }
+
+/// How often they are.
+const MENTION_EVERY: Duration = Duration::from_secs(60);
 
 impl RaftService {
     pub(crate) fn new(node: Arc<Node>) -> Self {
-        Self { node }
+        Self { node, mentioned: Arc::default() }
     }
 
-    /// The caller is a node, and was not removed.
+    /// The caller is a node, was not removed, and its certificate was not revoked.
     fn admit<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
-        let id = require_node(request)?;
-        if self.node.was_removed(id) {
-            return Err(Status::permission_denied(REMOVED));
-        }
-        Ok(id)
+        self.node.admit(request)?;
+        require_node(request)
+    }
+
+    /// Entries from a leader. Those that cannot be read are not taken, and this member stays behind.
+    fn entries(
+        &self,
+        from: NodeId,
+        message: &RaftMessage,
+    ) -> Result<AppendEntriesRequest<TypeConfig>, Status> {
+        from_message(message).map_err(|status| {
+            let version = env!("CARGO_PKG_VERSION");
+            let why = format!(
+                "this agent, version {version}, cannot read the log entries of node {from} ({}) and takes none; all nodes of a cluster run the same version",
+                status.message()
+            );
+            if is_due(&self.mentioned, Instant::now()) {
+                tracing::error!("{why}");
+            }
+            Status::failed_precondition(why)
+        })
     }
 
     /// Refuses what would have to be written, while there is no room for it.
@@ -103,6 +134,16 @@ impl RaftService {
         }
         Ok(())
     }
+}
+
+/// Whether it is time to say something again.
+fn is_due(last: &Mutex<Option<Instant>>, now: Instant) -> bool {
+    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+    let due = last.is_none_or(|last| now.duration_since(last) >= MENTION_EVERY);
+    if due {
+        *last = Some(now);
+    }
+    due
 }
 
 fn no_room() -> Status {
@@ -129,16 +170,16 @@ impl RaftApi for RaftService {
         &self,
         request: Request<Streaming<RaftMessage>>,
     ) -> Result<Response<Messages>, Status> {
-        self.admit(&request)?;
-        let db = self.node.db().clone();
+        let from = self.admit(&request)?;
+        let (db, service) = (self.node.db().clone(), self.clone());
         let input = request.into_inner();
         // Ends at the first thing that is wrong; the leader then begins anew.
         let requests = futures::stream::unfold(Some(input), move |input| {
-            let db = db.clone();
+            let (db, service) = (db.clone(), service.clone());
             async move {
                 let mut input = input?;
                 let message = input.message().await.ok()??;
-                let request: AppendEntriesRequest<TypeConfig> = from_message(&message).ok()?;
+                let request = service.entries(from, &message).ok()?;
                 has_room(&db, &request).then_some((request, Some(input)))
             }
         });
@@ -151,8 +192,8 @@ impl RaftApi for RaftService {
         &self,
         request: Request<RaftMessage>,
     ) -> Result<Response<RaftMessage>, Status> {
-        self.admit(&request)?;
-        let request: AppendEntriesRequest<TypeConfig> = from_message(request.get_ref())?;
+        let from = self.admit(&request)?;
+        let request = self.entries(from, request.get_ref())?;
         if !has_room(self.node.db(), &request) {
             return Err(no_room());
         }
@@ -251,5 +292,35 @@ impl RaftApi for RaftService {
         // Less than the asking member waits: it is to hear what became of it.
         let limit = self.node.config().request_timeout / 2;
         Ok(Response::new(to_message(&self.node.lead(asked, limit).await)?))
+    }
+
+    async fn renew(
+        &self,
+        request: Request<RenewRequest>,
+    ) -> Result<Response<RenewResponse>, Status> {
+        let from = self.admit(&request)?;
+        let request = request.into_inner();
+        if request.node_id != from.0 {
+            return Err(Status::permission_denied(format!(
+                "node {from} asks for node {}'s certificate; a node gets its own only",
+                request.node_id
+            )));
+        }
+        let certificate_pem = certificates::issue_next(&self.node, &request).await?;
+        Ok(Response::new(RenewResponse { certificate_pem }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_on_is_mentioned_once_a_minute() {
+        let (last, now) = (Mutex::default(), Instant::now());
+        assert!(is_due(&last, now));
+        assert!(!is_due(&last, now + MENTION_EVERY / 2));
+        assert!(is_due(&last, now + MENTION_EVERY));
+        assert!(!is_due(&last, now + MENTION_EVERY));
     }
 }

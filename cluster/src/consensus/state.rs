@@ -10,11 +10,14 @@ use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use tokio::sync::watch;
 
+use super::checksum::Checksums;
 use super::recent::Recent;
 use super::snapshot::{self, SnapshotFile};
 use super::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::host::blocking;
-use crate::machine::{Changes, Overlay, Read, Reply, Table, apply, decode, encode, revision};
+use crate::machine::{
+    Changes, Command, Overlay, Read, Reply, Table, apply, decode, encode, revision,
+};
 use crate::storage::{Db, View};
 
 const APPLIED: &[u8] = b"applied";
@@ -39,6 +42,7 @@ pub(crate) struct StateMachine {
     db: Arc<Db>,
     applied: Arc<watch::Sender<Applied>>,
     recent: Arc<Recent>,
+    checksums: Arc<Checksums>,
 }
 
 type Replies = Vec<(Option<openraft::storage::ApplyResponder<TypeConfig>>, Reply)>;
@@ -48,7 +52,8 @@ impl StateMachine {
     pub(crate) fn open(db: Arc<Db>) -> io::Result<Self> {
         let applied = db.view(position)?;
         let recent = Arc::new(Recent::new(applied.revision));
-        Ok(Self { db, applied: Arc::new(watch::channel(applied).0), recent })
+        let applied = Arc::new(watch::channel(applied).0);
+        Ok(Self { db, applied, recent, checksums: Arc::default() })
     }
 
     /// How far the state has come, now and later.
@@ -59,6 +64,11 @@ impl StateMachine {
     /// The last changes.
     pub(crate) fn recent(&self) -> &Recent {
         &self.recent
+    }
+
+    /// The checksums that this member has computed.
+    pub(crate) fn checksums(&self) -> &Checksums {
+        &self.checksums
     }
 
     fn folder(&self) -> PathBuf {
@@ -146,11 +156,11 @@ pub(crate) fn position(view: &View<'_>) -> io::Result<Applied> {
     Ok(Applied { revision: revision(view)?, index: applied.map_or(0, |id| id.index) })
 }
 
-fn applied(view: &View<'_>) -> io::Result<Option<LogId>> {
+pub(super) fn applied(view: &View<'_>) -> io::Result<Option<LogId>> {
     view.get(Table::Machine, APPLIED)?.map(|bytes| decode(&bytes)).transpose()
 }
 
-fn membership(view: &View<'_>) -> io::Result<StoredMembership> {
+pub(super) fn membership(view: &View<'_>) -> io::Result<StoredMembership> {
     let stored = view.get(Table::Machine, MEMBERSHIP)?;
     Ok(stored.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default())
 }
@@ -173,8 +183,20 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     {
         let mut batch = Vec::new();
         while let Some(entry) = entries.next().await {
-            batch.push(entry?);
-            if batch.len() == BATCH_MAX {
+            let entry = entry?;
+            let check_at = match entry.0.payload {
+                EntryPayload::Normal(Command::Check) => Some(entry.0.log_id.index),
+                _ => None,
+            };
+            batch.push(entry);
+            if let Some(index) = check_at {
+                // The batch ends here: the checksum is that of the state after this very entry.
+                let slot = self.checksums.reserve(index);
+                self.apply_batch(std::mem::take(&mut batch))?;
+                if let Some(slot) = slot {
+                    slot.begin(&self.db).await;
+                }
+            } else if batch.len() == BATCH_MAX {
                 self.apply_batch(std::mem::take(&mut batch))?;
             }
         }

@@ -1,5 +1,6 @@
-//! This node's identity on disk: `node.key`, `node.crt`, `ca.crt`, and `identity.json`, which is
-//! written last and so says that the others are complete.
+//! This node's identity on disk: `node.pem` (its certificate and the key to it, then the pair before
+//! where there is one: in one file, so that they always belong together), `ca.crt`, and
+//! `identity.json`, which is written last and so says that the others are complete.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -9,12 +10,14 @@ use std::path::Path;
 use proto::NodeId;
 use serde::{Deserialize, Serialize};
 
+use super::Certificate;
 use crate::OpenError;
 
 const RECORD: &str = "identity.json";
-const KEY: &str = "node.key";
-const CERTIFICATE: &str = "node.crt";
+const PAIR: &str = "node.pem";
 const CA: &str = "ca.crt";
+/// Where a pair begins in the text of several.
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
 
 /// Who this node is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,41 +28,38 @@ pub(crate) struct NodeIdentity {
     pub(crate) node_name: String,
 }
 
-/// The record with key and certificates, PEM.
-#[derive(Clone)]
-pub(crate) struct Identity {
-    pub(crate) record: NodeIdentity,
-    pub(crate) key_pem: String,
-    pub(crate) certificate_pem: String,
-    pub(crate) ca_pem: String,
+/// A certificate and the key to it: one PEM text, so that they always go together.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Pair(String);
+
+impl std::fmt::Debug for Pair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pair").finish_non_exhaustive()
+    }
 }
 
-impl std::fmt::Debug for Identity {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Identity").field("record", &self.record).finish_non_exhaustive()
-    }
+/// The record with the pair and the CA's certificate (PEM).
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) record: NodeIdentity,
+    pub(crate) pair: Pair,
+    /// The pair before: for when this one turns out to be of no use.
+    pub(crate) previous: Option<Pair>,
+    pub(crate) ca_pem: String,
 }
 
 impl Identity {
     /// Reads a folder's identity; None where it has none yet.
     pub(crate) fn load(folder: &Path) -> Result<Option<Self>, OpenError> {
-        let read = |name: &str| {
-            let path = folder.join(name);
-            fs::read_to_string(&path).map_err(|source| OpenError::Io { path, source })
-        };
         if !folder.join(RECORD).exists() {
             return Ok(None);
         }
-        let record = serde_json::from_str(&read(RECORD)?).map_err(|error| OpenError::Unusable {
+        let record = serde_json::from_str(&read(folder, RECORD)?).map_err(|error| OpenError::Unusable {
             path: folder.join(RECORD),
             detail: format!("is not readable ({error}); restore it, or remove this node, empty its data folder and join again"),
         })?;
-        Ok(Some(Self {
-            record,
-            key_pem: read(KEY)?,
-            certificate_pem: read(CERTIFICATE)?,
-            ca_pem: read(CA)?,
-        }))
+        let (pair, previous) = Pair::load(folder)?;
+        Ok(Some(Self { record, pair, previous, ca_pem: read(folder, CA)? }))
     }
 
     /// Writes it so that it is there wholly or not at all.
@@ -67,18 +67,49 @@ impl Identity {
         let record = serde_json::to_string_pretty(&self.record).map_err(|error| {
             OpenError::Unusable { path: folder.join(RECORD), detail: error.to_string() }
         })?;
-        for (name, text) in [
-            (KEY, &self.key_pem),
-            (CERTIFICATE, &self.certificate_pem),
-            (CA, &self.ca_pem),
-            (RECORD, &record),
-        ] {
-            let path = folder.join(name);
-            write_private(&path, text.as_bytes())
-                .map_err(|source| OpenError::Io { path, source })?;
-        }
-        Ok(())
+        self.pair.store(folder, self.previous.as_ref())?;
+        write(folder, CA, &self.ca_pem)?;
+        write(folder, RECORD, &record)
     }
+}
+
+impl Pair {
+    pub(crate) fn new(key_pem: &str, certificate_pem: &str) -> Self {
+        Self(format!("{}\n{}\n", certificate_pem.trim_end(), key_pem.trim_end()))
+    }
+
+    /// Both, PEM.
+    pub(crate) fn pem(&self) -> &str {
+        &self.0
+    }
+
+    /// What stands in the certificate.
+    pub(crate) fn certificate(&self) -> Option<Certificate> {
+        Certificate::from_pem(&self.0)
+    }
+
+    fn load(folder: &Path) -> Result<(Self, Option<Self>), OpenError> {
+        let mut present = read(folder, PAIR)?;
+        let second = present.match_indices(BEGIN).nth(1).map(|(at, _)| at);
+        let previous = second.map(|at| Self(present.split_off(at)));
+        Ok((Self(present), previous))
+    }
+
+    /// Replaces the pairs on disk: a crash at any point leaves the old ones or the new ones, whole.
+    pub(crate) fn store(&self, folder: &Path, previous: Option<&Self>) -> Result<(), OpenError> {
+        let previous = previous.map_or("", |previous| &previous.0);
+        write(folder, PAIR, &format!("{}{previous}", self.0))
+    }
+}
+
+fn read(folder: &Path, name: &str) -> Result<String, OpenError> {
+    let path = folder.join(name);
+    fs::read_to_string(&path).map_err(|source| OpenError::Io { path, source })
+}
+
+fn write(folder: &Path, name: &str, text: &str) -> Result<(), OpenError> {
+    let path = folder.join(name);
+    write_private(&path, text.as_bytes()).map_err(|source| OpenError::Io { path, source })
 }
 
 /// Replaces a file that only its owner may read, durably.
@@ -92,5 +123,63 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match path.parent() {
         Some(parent) => File::open(parent)?.sync_all(),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::identity::{Ca, Life, request};
+
+    fn pair(ca: &Ca) -> Result<Pair, Box<dyn std::error::Error>> {
+        let (key, csr) = request()?;
+        let life = Life { from_unix_s: 1_800_000_000, lasts_s: 3600 };
+        Ok(Pair::new(&key, &ca.sign_node("c1", NodeId(1), &csr, life)?))
+    }
+
+    #[test]
+    fn a_crash_between_two_pairs_leaves_one_that_works() -> Result<(), Box<dyn std::error::Error>> {
+        let (folder, ca) = (tempfile::tempdir()?, Ca::make("c1")?);
+        let folder = folder.path();
+        let record = NodeIdentity {
+            cluster_id: "c1".to_owned(),
+            cluster_name: "test".to_owned(),
+            node_id: NodeId(1),
+            node_name: "n1".to_owned(),
+        };
+        let ca_pem = ca.certificate_pem.clone();
+        let (first, second) = (pair(&ca)?, pair(&ca)?);
+        let identity = Identity { record, pair: first.clone(), previous: None, ca_pem };
+        identity.store(folder)?;
+        let works =
+            |expected: &Pair, before: Option<&Pair>| -> Result<(), Box<dyn std::error::Error>> {
+                let loaded = Identity::load(folder)?.ok_or("nothing there")?;
+                for (pair, expected) in
+                    [(Some(&loaded.pair), Some(expected)), (loaded.previous.as_ref(), before)]
+                {
+                    assert_eq!(pair, expected);
+                    if let Some(pair) = pair {
+                        // rustls refuses a key that is not the certificate's.
+                        crate::tls::Credentials::new(pair, &loaded.ca_pem)?;
+                    }
+                }
+                Ok(())
+            };
+        works(&first, None)?;
+        // Half of the new one was written when the power went.
+        fs::write(folder.join("node.tmp"), &second.pem()[..100])?;
+        works(&first, None)?;
+        second.store(folder, Some(&first))?;
+        works(&second, Some(&first))?;
+        // What was read can be written again.
+        Identity::load(folder)?.ok_or("nothing there")?.store(folder)?;
+        works(&second, Some(&first))?;
+        second.store(folder, None)?;
+        works(&second, None)?;
+        let mode = fs::metadata(folder.join(PAIR))?.permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        Ok(())
     }
 }

@@ -7,10 +7,16 @@
 //! node of the cluster).
 
 mod ca;
+mod certificate;
 mod files;
 mod names;
 pub(crate) mod token;
 
-pub(crate) use ca::{Ca, fingerprint, fingerprint_der, request, request_for, request_key_hash};
-pub(crate) use files::{Identity, NodeIdentity, write_private};
+pub(crate) use ca::BACKDATE_S;
+pub(crate) use ca::{
+    Ca, Life, SignError, check_renewal, fingerprint, fingerprint_der, renewal_request, request,
+    request_for, request_key_hash,
+};
+pub(crate) use certificate::{Certificate, Standing, dates};
+pub(crate) use files::{Identity, NodeIdentity, Pair, write_private};
 pub(crate) use names::{any_node, node_host, subject_of};

@@ -28,6 +28,7 @@ pub(crate) fn apply<R: Read>(
             compact::compact(state, *lane, *before, *keep)?;
             Ok(Reply::None)
         }
+        Command::Check => Ok(Reply::CheckAt { index, revision: revision(state)? }),
     }
 }
 
@@ -53,7 +54,9 @@ fn apply_txn<R: Read>(
                 Reply::Committed { revision } => Some(*revision),
                 Reply::Conflict { .. } => None,
                 // Nothing was done; a repetition is looked at anew.
-                Reply::None | Reply::Forgotten | Reply::Full(_) => return Ok(reply),
+                Reply::None | Reply::Forgotten | Reply::Full(_) | Reply::CheckAt { .. } => {
+                    return Ok(reply);
+                }
             };
             dedup::remember(state, index, &txn.client, txn.sequence, outcome)?;
             Ok(reply)

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     },
     /// How much the data may take from here on.
     Limit(DataLimits),
+    /// Changes nothing: each member computes a checksum of its state as it is after this entry.
+    Check,
 }
 
 /// A transaction as it is logged.
@@ -74,6 +76,8 @@ pub(crate) enum Reply {
     Forgotten,
     /// The data would be larger than it may be; nothing was written.
     Full(Full),
+    /// Where in the log the checksums are computed, and the store's revision there.
+    CheckAt { index: u64, revision: u64 },
 }
 
 /// A key's state in a [`Reply`].
@@ -101,6 +105,7 @@ impl std::fmt::Display for Command {
                 write!(f, "compact {lane:?} before {before}, keep {keep}")
             }
             Self::Limit(limits) => write!(f, "limit {limits:?}"),
+            Self::Check => f.write_str("check"),
         }
     }
 }
@@ -113,6 +118,7 @@ impl std::fmt::Display for Reply {
             Self::Conflict { conflicts, .. } => write!(f, "conflict on {} keys", conflicts.len()),
             Self::Forgotten => f.write_str("forgotten"),
             Self::Full(full) => write!(f, "full: {:?}", full.share),
+            Self::CheckAt { index, revision } => write!(f, "check at {index}, revision {revision}"),
         }
     }
 }

@@ -36,7 +36,7 @@ mod limit_tests;
 mod model_tests;
 
 pub(crate) use apply::apply;
-pub(crate) use command::{Command, Reply, TxnCommand, Unfit, validate};
+pub(crate) use command::{Command, Reply, TxnCommand, Unfit, VALUE_MAX, valid_key, validate};
 pub(crate) use compact::{floor, unswept};
 pub(crate) use history::{
     ANSWER_BYTES, At, Span, Written, changes, floor_of_prefix, get_at, journal, newest, range_at,
@@ -48,4 +48,4 @@ pub(crate) use rows::{
     Place, Record, Replaced, Version, VersionHead, decode, decode_head, encode, journal_key,
     place_of, prefix_end, revision, version_key, version_of,
 };
-pub(crate) use usage::{DataLimits, Full, Share, Usage, kept, limits};
+pub(crate) use usage::{DataLimits, Full, Share, Usage, kept, limits, used_bytes};

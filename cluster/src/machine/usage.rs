@@ -158,6 +158,11 @@ impl Usage {
     }
 }
 
+/// Bytes of all keys and their latest values.
+pub(crate) fn used_bytes(read: &impl Read) -> io::Result<u64> {
+    Ok(used(read, Share::Files)?.bytes + used(read, Share::System)?.bytes)
+}
+
 /// Versions of people's files that are kept.
 pub(crate) fn kept(read: &impl Read) -> io::Result<Usage> {
     row(read, b"kept files")

@@ -1,5 +1,6 @@
 //! What a member does by itself, once a second: measure the disk, ask whether it is still a member,
-//! say where it is reached now; and as the leader: look after who votes, forget old history.
+//! say where it is reached now; and as the leader: look after who votes, forget old history, have
+//! the copies compared.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,9 +8,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::voting::Voting;
-use super::{Node, retention};
+use super::{Node, denied, renewal, retention};
 use crate::consensus::lead;
-use crate::{Leadership, StoreError};
+use crate::{Leadership, StoreError, verify};
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -20,6 +21,8 @@ pub(super) fn spawn(node: &Arc<Node>) -> Vec<tokio::task::JoinHandle<()>> {
         tokio::spawn(wait_for_recovery(node.clone())),
         tokio::spawn(wait_for_removal(node.clone())),
         tokio::spawn(each_second(node.clone())),
+        tokio::spawn(denied::follow(node.clone())),
+        tokio::spawn(renewal::keep(node.clone())),
     ]
 }
 
@@ -83,6 +86,7 @@ async fn each_second(node: Arc<Node>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut turn = 0;
     let mut voting = Voting::new(0);
+    let mut checks = verify::Turns::new();
     loop {
         ticks.tick().await;
         if node.alive().is_err() {
@@ -96,6 +100,7 @@ async fn each_second(node: Arc<Node>) {
             }
             voting.tend(&node).await;
             retention::keep(&node).await;
+            checks.tend(&node, node.metrics().current_term);
         } else {
             turn += 1;
             node.say_hello(turn).await;

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use crate::StoreError;
-use crate::consensus::{Forward, Forwarded, MemberNode, ask, change, lead};
+use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead};
 use crate::machine::{Command, Reply};
 
 /// How long a member that is not known to lead may take to say who does.
@@ -25,7 +25,11 @@ impl Node {
         let silence = self.silence_limit();
         let writes = !matches!(
             asked,
-            Forward::Hello | Forward::ReadIndex | Forward::Progress | Forward::Transfer { .. }
+            Forward::Hello
+                | Forward::ReadIndex
+                | Forward::Progress
+                | Forward::Transfer { .. }
+                | Forward::Checked { .. }
         );
         if writes && self.db.disk_low() {
             return Forwarded::DiskFull {
@@ -37,6 +41,11 @@ impl Node {
             Forward::Hello => Forwarded::Done,
             Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
+            Forward::AddLearner { id, .. } if self.is_leaving(proto::NodeId(id)) => {
+                Forwarded::Refused(
+                    "it was removed from the cluster, or is being removed".to_owned(),
+                )
+            }
             Forward::AddLearner { id, node } => {
                 change::add_learner(&self.raft, id, node, limit).await
             }
@@ -53,6 +62,8 @@ impl Node {
             Forward::Rename { id, name } => {
                 change::update_node(&self.raft, id, limit, |node| node.name = name).await
             }
+            Forward::Check => self.propose_check(limit).await,
+            Forward::Checked { index } => Forwarded::Checked(self.checked(index)),
             Forward::Progress => {
                 let metrics = self.metrics();
                 if lead::leads(&metrics) {
@@ -155,7 +166,29 @@ impl Node {
         }
     }
 
-    async fn ask_member(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {
+    /// Proposes a check, unless one is under way here: that one serves as well.
+    async fn propose_check(&self, limit: Duration) -> Forwarded {
+        let _one = self.check_turn.lock().await;
+        let metrics = self.metrics();
+        if let Some(index) = self.machine.checksums().running()
+            && lead::leads(&metrics)
+        {
+            // The reply of its own proposal said the same.
+            return Forwarded::Reply(Reply::CheckAt { index, revision: self.revision() });
+        }
+        lead::propose(&self.raft, Command::Check, limit, self.silence_limit()).await
+    }
+
+    /// What this member's checksum at a place of the log is.
+    pub(crate) fn checked(&self, index: u64) -> Checked {
+        if let Some(StoreError::Failed { why }) = &*self.failure.borrow() {
+            return Checked::Faulty(format!("its database failed: {why}"));
+        }
+        let applied = self.machine.applied().borrow().index;
+        self.machine.checksums().get(index).unwrap_or(Checked::Absent { applied })
+    }
+
+    pub(crate) async fn ask_member(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {
         let members = self.members();
         let address = members.iter().find(|member| member.node_id.0 == id).map(|m| &m.api_address);
         let channel = address.and_then(|address| self.peers.shared(id, address));

@@ -1,10 +1,12 @@
 //! A running member: Raft with everything around it. The public handle is [`crate::Cluster`].
 
+mod denied;
 mod housekeeping;
 mod lead;
 mod members;
 mod past;
 mod read;
+mod renewal;
 mod retention;
 mod run;
 mod voting;
@@ -20,17 +22,28 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
-use crate::identity::Identity;
+use crate::identity::NodeIdentity;
 use crate::service::Rate;
 use crate::storage::Db;
+use crate::tls::{Credentials, Trust};
 use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
 
 pub(crate) use run::start;
+pub(crate) use write::unix_now_ms;
+
+use renewal::Renewal;
 
 /// The parts of a running member.
 pub(crate) struct Node {
     config: ClusterConfig,
-    identity: Identity,
+    identity: NodeIdentity,
+    /// The CA's certificate, PEM.
+    ca_pem: String,
+    /// What this node shows of itself in each new handshake.
+    credentials: Arc<Credentials>,
+    renewal: Renewal,
+    /// Which certificates are refused, and the connections that this is held against.
+    trust: Arc<Trust>,
     ca_fingerprint: String,
     db: Arc<Db>,
     raft: Raft,
@@ -53,6 +66,10 @@ pub(crate) struct Node {
     /// One permit for each watch that a client may have.
     watch_slots: Arc<tokio::sync::Semaphore>,
     rate: std::sync::Mutex<Rate>,
+    /// One permit for each backup that is being sent.
+    backup_slots: Arc<tokio::sync::Semaphore>,
+    /// One at a time asks for checksums.
+    check_turn: tokio::sync::Mutex<()>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
@@ -72,14 +89,23 @@ impl Node {
     pub(crate) fn config(&self) -> &ClusterConfig {
         &self.config
     }
-    pub(crate) fn identity(&self) -> &Identity {
+    pub(crate) fn identity(&self) -> &NodeIdentity {
         &self.identity
+    }
+    pub(crate) fn ca_pem(&self) -> &str {
+        &self.ca_pem
+    }
+    pub(crate) fn trust(&self) -> &Arc<Trust> {
+        &self.trust
+    }
+    pub(crate) fn credentials(&self) -> &Arc<Credentials> {
+        &self.credentials
     }
     pub(crate) fn ca_fingerprint(&self) -> &str {
         &self.ca_fingerprint
     }
     pub(crate) fn id(&self) -> NodeId {
-        self.identity.record.node_id
+        self.identity.node_id
     }
     pub(crate) fn db(&self) -> &Arc<Db> {
         &self.db
@@ -89,6 +115,9 @@ impl Node {
     }
     pub(crate) fn peers(&self) -> &Arc<Peers> {
         &self.peers
+    }
+    pub(crate) fn backup_slots(&self) -> &Arc<tokio::sync::Semaphore> {
+        &self.backup_slots
     }
     pub(crate) fn leadership(&self) -> watch::Receiver<Leadership> {
         self.leadership.subscribe()

@@ -16,7 +16,7 @@ pub(super) fn failed(error: std::io::Error) -> StoreError {
 
 impl Node {
     /// Waits until a read here is as fresh as asked.
-    pub(super) async fn ready(&self, consistency: Consistency) -> Result<(), StoreError> {
+    pub(crate) async fn ready(&self, consistency: Consistency) -> Result<(), StoreError> {
         self.alive()?;
         match consistency {
             Consistency::Stale if *self.recovered.borrow() => Ok(()),
@@ -133,10 +133,16 @@ impl Node {
         let row = self.db.view(|view| view.get(Table::Data, key.as_bytes()));
         row.ok().flatten().is_some_and(|row| removed(&row))
     }
+
+    /// Whether a node is known to have been removed, or its removal to have been announced.
+    pub(super) fn is_leaving(&self, id: proto::NodeId) -> bool {
+        let key = keys::removal(id);
+        self.db.view(|view| view.get(Table::Data, key.as_bytes())).is_ok_and(|row| row.is_some())
+    }
 }
 
 /// A removal that is only announced does not shut the node out: it may still be withdrawn.
-fn removed(row: &[u8]) -> bool {
+pub(super) fn removed(row: &[u8]) -> bool {
     let Ok(record) = decode::<Record>(row) else { return false };
     serde_json::from_slice::<RemovalRecord>(&record.value)
         .is_ok_and(|record| record.state == RemovalState::Removed)

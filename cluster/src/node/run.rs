@@ -7,13 +7,14 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
-use super::{Node, housekeeping};
+use super::renewal::{self, Renewal};
+use super::{Node, denied, housekeeping};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{Identity, fingerprint};
 use crate::service::Rate;
 use crate::storage::Db;
-use crate::tls::member_client;
+use crate::tls::{Credentials, Trust, member_client};
 use crate::{ClusterConfig, Leadership, OpenError};
 
 /// Starts Raft and the member's own tasks.
@@ -23,12 +24,22 @@ pub(crate) async fn start(
     db: Arc<Db>,
 ) -> Result<Arc<Node>, OpenError> {
     let unusable = |detail: String| OpenError::Unusable { path: config.data_dir.clone(), detail };
-    let tls = member_client(&identity).map_err(|error| unusable(error.to_string()))?;
+    let mut identity = identity;
+    renewal::replace_if_useless(&config, &mut identity, &db).map_err(&unusable)?;
+    let credentials = Credentials::new(&identity.pair, &identity.ca_pem)
+        .map_err(|error| unusable(error.to_string()))?;
+    let renewal = Renewal::of(&identity)
+        .ok_or_else(|| unusable("its certificate names no node".to_owned()))?;
+    let tls = member_client(&credentials).map_err(|error| unusable(error.to_string()))?;
     let ca_fingerprint = fingerprint(&identity.ca_pem)
         .ok_or_else(|| unusable("ca.crt is not a certificate".to_owned()))?;
-    let peers = Arc::new(Peers::new(config.host.clone(), tls, identity.record.cluster_id.clone()));
-    let removed = Arc::new(watch::channel(false).0);
+    let trust = Arc::new(Trust::default());
     let io = |source| OpenError::Io { path: config.data_dir.clone(), source };
+    // Before the first connection.
+    trust.deny(denied::denied(&db).map_err(io)?);
+    let cluster_id = identity.record.cluster_id.clone();
+    let peers = Arc::new(Peers::new(config.host.clone(), tls, trust.clone(), cluster_id));
+    let removed = Arc::new(watch::channel(false).0);
     consensus::clean_up(&config.data_dir.join("snapshots")).map_err(io)?;
     let machine = StateMachine::open(db.clone()).map_err(io)?;
     let network = Network {
@@ -61,10 +72,16 @@ pub(crate) async fn start(
         stopping: AtomicBool::new(false),
         watch_slots: Arc::new(Semaphore::new(config.limits.client_watches)),
         rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
+        backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
+        check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
         retention: Mutex::new(config.retention),
         config,
-        identity,
+        identity: identity.record,
+        ca_pem: identity.ca_pem,
+        credentials,
+        renewal,
+        trust,
         db,
     });
     node.follow_members(&node.metrics());

@@ -12,7 +12,7 @@ use crate::machine::{Full, Reply, Share, TxnCommand, Unfit, validate};
 use crate::{KeyValue, StoreError, Txn, TxnOutcome};
 
 /// Milliseconds since 1970 by this machine's clock.
-pub(super) fn unix_now_ms() -> u64 {
+pub(crate) fn unix_now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -32,7 +32,7 @@ pub(crate) enum Cf {
 }
 
 impl Cf {
-    const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Local,
         Self::Log,
         Self::Vote,
@@ -43,7 +43,7 @@ impl Cf {
         Self::Table(Table::Machine),
     ];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Local => "default",
             Self::Log => "log",
@@ -67,6 +67,7 @@ pub(crate) struct Db {
     host: Arc<dyn Host>,
     open: RwLock<Option<Open>>,
     disk_low: AtomicBool,
+    closing: AtomicBool,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
     pub(crate) lost_tail: bool,
 }
@@ -91,7 +92,7 @@ pub(crate) fn is_disk_full(error: &io::Error) -> bool {
         || error.to_string().contains("No space left")
 }
 
-fn io_error(error: rocksdb::Error) -> io::Error {
+pub(super) fn io_error(error: rocksdb::Error) -> io::Error {
     let text = error.to_string();
     let kind = match error.kind() {
         rocksdb::ErrorKind::Corruption => io::ErrorKind::InvalidData,
@@ -145,6 +146,7 @@ impl Db {
             host,
             open: RwLock::new(Some(Open { flusher, rocks, _lock: lock })),
             disk_low: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             lost_tail,
         };
         db.drop_other_states().map_err(fail)?;
@@ -169,12 +171,7 @@ impl Db {
 
     /// Reads from one consistent view.
     pub(crate) fn view<T>(&self, f: impl FnOnce(&View<'_>) -> io::Result<T>) -> io::Result<T> {
-        self.with(|open| {
-            let rocks = open.rocks.as_ref();
-            let snapshot = rocks.snapshot();
-            let state = state_number(snapshot.get(b"state").map_err(io_error)?)?;
-            f(&View { rocks, snapshot, state })
-        })
+        self.with(|open| f(&View::of(open.rocks.as_ref())?))
     }
 
     /// Collects changes and writes them as one batch. Durable with the next fsync.
@@ -242,8 +239,14 @@ impl Db {
         low
     }
 
+    /// Whether it waits for its readers to be closed: who reads for long looks here and ends.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
     /// Writes out everything and closes. Later calls fail.
     pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let end = || {
@@ -291,7 +294,7 @@ fn handle(rocks: &DB, cf: Cf) -> io::Result<&ColumnFamily> {
         .ok_or_else(|| io::Error::other(format!("column family {} is missing", cf.name())))
 }
 
-fn db_options(new: bool) -> Options {
+pub(super) fn db_options(new: bool) -> Options {
     let mut options = Options::default();
     options.create_if_missing(new);
     options.create_missing_column_families(new);
@@ -303,7 +306,7 @@ fn db_options(new: bool) -> Options {
     options
 }
 
-fn cf_options() -> Options {
+pub(super) fn cf_options() -> Options {
     let mut options = Options::default();
     options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     options.set_write_buffer_size(16 << 20);
@@ -311,7 +314,7 @@ fn cf_options() -> Options {
 }
 
 /// Reads everything once; checksums are verified on the way.
-fn check(rocks: &DB) -> io::Result<()> {
+pub(super) fn check(rocks: &DB) -> io::Result<()> {
     for cf in Cf::ALL {
         let mut options = ReadOptions::default();
         options.fill_cache(false);
@@ -325,8 +328,20 @@ fn check(rocks: &DB) -> io::Result<()> {
 /// Marks the database as in use; answers whether an unsynced tail may have been lost.
 fn begin(rocks: &DB, folder: &Path, boot: String, new: bool) -> Result<bool, OpenError> {
     let fail = |error: rocksdb::Error| open_error(folder, &io_error(error));
+    if new && rocks.get(b"format").map_err(fail)?.is_none() {
+        rocks.put(b"format", FORMAT).map_err(fail)?;
+    }
+    let lost_tail = look(rocks, folder, &boot)?;
+    rocks.delete(b"closed").map_err(fail)?;
+    rocks.put(b"boot", boot).map_err(fail)?;
+    rocks.flush_wal(true).map_err(fail)?;
+    Ok(lost_tail)
+}
+
+/// Checks the format; answers whether an unsynced tail may have been lost.
+pub(super) fn look(rocks: &DB, folder: &Path, boot: &str) -> Result<bool, OpenError> {
+    let fail = |error: rocksdb::Error| open_error(folder, &io_error(error));
     match rocks.get(b"format").map_err(fail)? {
-        None if new => rocks.put(b"format", FORMAT).map_err(fail)?,
         // A member's has it from before its identity was written.
         None => {
             let error =
@@ -348,13 +363,10 @@ fn begin(rocks: &DB, folder: &Path, boot: String, new: bool) -> Result<bool, Ope
     let closed = rocks.get(b"closed").map_err(fail)?.is_some();
     let last_boot = rocks.get(b"boot").map_err(fail)?;
     let same_boot = last_boot.as_ref().is_none_or(|last| last == boot.as_bytes());
-    rocks.delete(b"closed").map_err(fail)?;
-    rocks.put(b"boot", boot).map_err(fail)?;
-    rocks.flush_wal(true).map_err(fail)?;
     Ok(!closed && !same_boot)
 }
 
-fn open_error(folder: &Path, error: &io::Error) -> OpenError {
+pub(super) fn open_error(folder: &Path, error: &io::Error) -> OpenError {
     let (path, detail) = (folder.to_owned(), error.to_string());
     if is_disk_full(error) {
         OpenError::DiskFull { path, detail }
@@ -383,7 +395,13 @@ pub(crate) struct View<'a> {
     state: u32,
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    pub(super) fn of(rocks: &'a DB) -> io::Result<Self> {
+        let snapshot = rocks.snapshot();
+        let state = state_number(snapshot.get(b"state").map_err(io_error)?)?;
+        Ok(Self { rocks, snapshot, state })
+    }
+
     /// A row outside the state machine's tables.
     pub(crate) fn raw(&self, cf: Cf, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
         self.snapshot.get_cf(handle(self.rocks, cf)?, key).map_err(io_error)
@@ -412,9 +430,28 @@ impl View<'_> {
         table: Table,
         from: &[u8],
     ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
+        self.rows_with(table, from, ReadOptions::default())
+    }
+
+    /// All rows of a table, past the cache: reading everything once does not push out what is
+    /// read often.
+    pub(crate) fn all_rows(
+        &self,
+        table: Table,
+    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        self.rows_with(table, b"", options)
+    }
+
+    fn rows_with(
+        &self,
+        table: Table,
+        from: &[u8],
+        mut options: ReadOptions,
+    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
         let state = self.state.to_be_bytes();
         let start = [state.as_slice(), from].concat();
-        let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(next(self.state)?.to_be_bytes());
         let rows = self.snapshot.iterator_cf_opt(
             handle(self.rocks, Cf::Table(table))?,

@@ -13,7 +13,9 @@
 mod db;
 mod flush;
 mod folder;
+mod frozen;
 
 pub(crate) use db::{Cf, Db, View};
 pub(crate) use flush::Flusher;
 pub(crate) use folder::{FolderLock, boot_id, free_bytes};
+pub(crate) use frozen::Frozen;

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use rustls::client::WebPkiServerVerifier;
+use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
     SignatureScheme,
@@ -13,7 +17,7 @@ use rustls::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
-use crate::identity::Identity;
+use crate::identity::Pair;
 
 /// HTTP/2, as gRPC speaks it.
 const ALPN: &[u8] = b"h2";
@@ -40,58 +44,104 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-fn parse(
-    identity: &Identity,
-) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>, RootCertStore), TlsError> {
-    let own = CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes())
-        .map_err(TlsError::of)?;
-    let ca = CertificateDer::from_pem_slice(identity.ca_pem.as_bytes()).map_err(TlsError::of)?;
-    let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).map_err(TlsError::of)?;
-    let mut roots = RootCertStore::empty();
-    roots.add(ca.clone()).map_err(TlsError::of)?;
+/// What this node shows of itself in each new handshake. It can be exchanged at any time:
+/// connections that are open stay as they are.
+pub(crate) struct Credentials {
+    present: ArcSwap<CertifiedKey>,
+    ca: CertificateDer<'static>,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credentials").finish_non_exhaustive()
+    }
+}
+
+impl Credentials {
+    pub(crate) fn new(pair: &Pair, ca_pem: &str) -> Result<Arc<Self>, TlsError> {
+        let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(TlsError::of)?;
+        let present = ArcSwap::from_pointee(certified(pair, &ca)?);
+        Ok(Arc::new(Self { present, ca }))
+    }
+
+    /// Another pair from now on. Nothing changes where it does not work.
+    pub(crate) fn replace(&self, pair: &Pair) -> Result<(), TlsError> {
+        self.present.store(Arc::new(certified(pair, &self.ca)?));
+        Ok(())
+    }
+
+    fn roots(&self) -> Result<RootCertStore, TlsError> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.ca.clone()).map_err(TlsError::of)?;
+        Ok(roots)
+    }
+}
+
+/// Refuses a key that is not the certificate's.
+fn certified(pair: &Pair, ca: &CertificateDer<'static>) -> Result<CertifiedKey, TlsError> {
+    let own = CertificateDer::from_pem_slice(pair.pem().as_bytes()).map_err(TlsError::of)?;
+    let key = PrivateKeyDer::from_pem_slice(pair.pem().as_bytes()).map_err(TlsError::of)?;
     // The CA goes along so that a joining node can compare its fingerprint.
-    Ok((vec![own, ca], key, roots))
+    CertifiedKey::from_der(vec![own, ca.clone()], key, &provider()).map_err(TlsError::of)
+}
+
+impl ResolvesServerCert for Credentials {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.present.load_full())
+    }
+}
+
+impl ResolvesClientCert for Credentials {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.present.load_full())
+    }
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+/// No session is resumed: a resumed one would go on with the certificates of its first handshake.
+fn server(config: &mut ServerConfig) {
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
 }
 
 /// For the api listener: only holders of this cluster's certificates get through the handshake.
-pub(crate) fn member_server(identity: &Identity) -> Result<Arc<ServerConfig>, TlsError> {
-    let (chain, key, roots) = parse(identity)?;
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+pub(crate) fn member_server(own: &Arc<Credentials>) -> Result<Arc<ServerConfig>, TlsError> {
+    let roots = Arc::new(own.roots()?);
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
         .build()
         .map_err(TlsError::of)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::of)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key)
-        .map_err(TlsError::of)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+        .with_cert_resolver(own.clone());
+    server(&mut config);
     Ok(Arc::new(config))
 }
 
 /// For the enrolment listener: the client has no certificate yet.
-pub(crate) fn enrol_server(identity: &Identity) -> Result<Arc<ServerConfig>, TlsError> {
-    let (chain, key, _) = parse(identity)?;
+pub(crate) fn enrol_server(own: &Arc<Credentials>) -> Result<Arc<ServerConfig>, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::of)?
         .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .map_err(TlsError::of)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+        .with_cert_resolver(own.clone());
+    server(&mut config);
     Ok(Arc::new(config))
 }
 
 /// For connections to other members.
-pub(crate) fn member_client(identity: &Identity) -> Result<Arc<ClientConfig>, TlsError> {
-    let (chain, key, roots) = parse(identity)?;
+pub(crate) fn member_client(own: &Arc<Credentials>) -> Result<Arc<ClientConfig>, TlsError> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::of)?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)
-        .map_err(TlsError::of)?;
+        .with_root_certificates(own.roots()?)
+        .with_client_cert_resolver(own.clone());
     config.alpn_protocols = vec![ALPN.to_vec()];
+    config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
 

@@ -13,17 +13,21 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
+use super::{Guarded, Trust};
 use crate::host::{Connection, Host};
+use crate::identity::Certificate;
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// An attempt that ends this much after its limit was not waited for.
 const LATE: Duration = Duration::from_millis(500);
 
 /// A channel that connects at its first use. `expect` is the name that the server's certificate
-/// must carry; `address` says where it is, at each connection anew.
+/// must carry; `address` says where it is, at each connection anew. A server that is not trusted any
+/// more is refused, and cut.
 pub(crate) fn channel(
     host: Arc<dyn Host>,
     tls: Arc<ClientConfig>,
+    trust: Option<Arc<Trust>>,
     address: impl Fn() -> String + Send + Sync + 'static,
     expect: ServerName<'static>,
 ) -> Channel {
@@ -34,11 +38,12 @@ pub(crate) fn channel(
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .connect_with_connector_lazy(service_fn(move |_: Uri| {
-            let (host, tls) = (host.clone(), tls.clone());
+            let (host, tls, trust) = (host.clone(), tls.clone(), trust.clone());
             let (address, expect) = (address(), expect.clone());
             async move {
                 let attempt = || connect(host.as_ref(), tls.clone(), &address, expect.clone());
-                dial(CONNECT_LIMIT, attempt).await.map(TokioIo::new)
+                let stream = dial(CONNECT_LIMIT, attempt).await?;
+                trusted(stream, trust.as_deref()).map(TokioIo::new)
             }
         }))
 }
@@ -57,6 +62,24 @@ where
         if dialled.is_ok() || begun.elapsed() < limit + LATE {
             return dialled;
         }
+    }
+}
+
+fn trusted(
+    stream: TlsStream<Connection>,
+    trust: Option<&Trust>,
+) -> io::Result<Guarded<TlsStream<Connection>>> {
+    let Some(trust) = trust else { return Ok(Guarded::new(stream, None)) };
+    let der = stream.get_ref().1.peer_certificates().and_then(|all| all.first());
+    let certificate = der.and_then(|der| Certificate::from_der(der)).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "its certificate names no node")
+    })?;
+    match trust.enter(certificate) {
+        (open, None) => Ok(Guarded::new(stream, Some(open))),
+        (_, Some(refusal)) => Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("its certificate counts no more ({refusal:?})"),
+        )),
     }
 }
 

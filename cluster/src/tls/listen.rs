@@ -20,19 +20,21 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use super::{ConnectInfo, PeerIdentity};
+use super::{ConnectInfo, Guarded, Trust};
 use crate::host::{Connection, Listen};
-use crate::identity::subject_of;
+use crate::identity::{Certificate, subject_of};
 
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 256;
+/// A connection whose certificate is refused lives so long, for the other end to be told why.
+const TOLD: Duration = Duration::from_secs(2);
 /// How often a refused address is mentioned in the log.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
 /// An authenticated connection of the api listener (or an anonymous one of the enrolment listener).
 #[derive(Debug)]
 pub struct TlsConnection {
-    stream: TlsStream<Connection>,
+    stream: Guarded<TlsStream<Connection>>,
     info: Option<ConnectInfo>,
 }
 
@@ -47,8 +49,8 @@ impl Connected for TlsConnection {
 /// Whom a listener lets in.
 #[derive(Debug, Clone)]
 pub(crate) enum Admit {
-    /// Nodes and clients of the cluster with this id.
-    Members(String),
+    /// Nodes and clients of the cluster with this id, as long as they are trusted.
+    Members(String, Arc<Trust>),
     /// Anyone; the service behind asks for a token.
     Anyone,
 }
@@ -139,33 +141,33 @@ async fn handshake(
     admit: Admit,
 ) -> io::Result<TlsConnection> {
     let stream = acceptor.accept(connection).await?;
-    let info = match admit {
-        Admit::Anyone => None,
-        Admit::Members(cluster_id) => {
-            let certificate = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
-            let subject = certificate.and_then(|der| subject_of(der));
-            match subject {
-                Some((cluster, peer))
-                    if cluster == cluster_id && peer != PeerIdentity::LocalRoot =>
-                {
-                    Some(ConnectInfo { peer, remote })
-                }
-                Some((cluster, _)) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::PermissionDenied,
-                        format!("its certificate is of cluster {cluster}"),
-                    ));
-                }
-                None => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::PermissionDenied,
-                        "its certificate names no node or client",
-                    ));
-                }
-            }
-        }
+    let Admit::Members(cluster_id, trust) = admit else {
+        return Ok(TlsConnection { stream: Guarded::new(stream, None), info: None });
     };
-    Ok(TlsConnection { stream, info })
+    let denied = |why: String| io::Error::new(io::ErrorKind::PermissionDenied, why);
+    let certificate = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
+    let nobody = || denied("its certificate names no node or client".to_owned());
+    let der = certificate.ok_or_else(nobody)?;
+    let (cluster, peer) = subject_of(der).ok_or_else(nobody)?;
+    if cluster != cluster_id {
+        return Err(denied(format!("its certificate is of cluster {cluster}")));
+    }
+    let certificate = Certificate::from_der(der).ok_or_else(nobody)?;
+    let info = ConnectInfo { peer, serial: certificate.serial.as_str().into(), remote };
+    let (open, refusal) = trust.enter(certificate);
+    if let Some(refusal) = refusal {
+        // Each of its requests is answered with the reason, and nothing else.
+        tracing::warn!(%remote, peer = %info.peer, serial = %info.serial, ?refusal, "refused");
+        open.keep_to_tell();
+        let open = Arc::downgrade(&open);
+        tokio::spawn(async move {
+            tokio::time::sleep(TOLD).await;
+            if let Some(open) = open.upgrade() {
+                open.cut();
+            }
+        });
+    }
+    Ok(TlsConnection { stream: Guarded::new(stream, Some(open)), info: Some(info) })
 }
 
 impl AsyncRead for TlsConnection {

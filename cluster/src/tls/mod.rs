@@ -4,12 +4,14 @@ mod config;
 mod connect;
 mod listen;
 mod peer;
+mod trust;
 
-pub(crate) use config::{enrol_client, enrol_server, member_client, member_server};
+pub(crate) use config::{Credentials, enrol_client, enrol_server, member_client, member_server};
 pub(crate) use connect::{channel, connect};
 pub use listen::TlsConnection;
 pub(crate) use listen::{Admit, incoming};
 pub use peer::{PeerIdentity, peer, require_any, require_node};
+pub(crate) use trust::{Denied, Guarded, Refusal, Trust};
 
 /// What a service learns about the connection a request came in on (a request extension, as
 /// `Option<ConnectInfo>`; see [`peer`]).
@@ -17,6 +19,8 @@ pub use peer::{PeerIdentity, peer, require_any, require_node};
 pub struct ConnectInfo {
     /// The authenticated other end.
     pub peer: PeerIdentity,
+    /// The serial number of its certificate, lower-case hexadecimal.
+    pub serial: std::sync::Arc<str>,
     /// Its address.
     pub remote: std::net::SocketAddr,
 }

@@ -58,6 +58,42 @@ fn bad_tokens_and_taken_names_are_refused_with_the_reason() -> Outcome {
 }
 
 #[test]
+fn a_used_token_does_not_bring_a_removed_node_back() -> Outcome {
+    // The fourth gets no vote, so it may come and go.
+    let lab = Lab::new(3)?;
+    let used = lab.token(0)?;
+    let key = {
+        let mut node = TestNode::new(lab.folder(), "n4")?;
+        node.join(&used)?;
+        let pem = std::fs::read_to_string(node.config.data_dir.join("node.pem"))?;
+        let at = pem.find("-----BEGIN PRIVATE KEY").ok_or("no key")?;
+        pem[at..].to_owned()
+    };
+    // As one that did not get the answer: the same key, name and token.
+    let again = |folder: &str| {
+        let mut node = TestNode::new(&lab.folder().join(folder), "n4")?;
+        std::fs::create_dir_all(&node.folder)?;
+        std::fs::write(node.folder.join("joining.key"), &key)?;
+        let joined = node.join(&used);
+        Outcome::Ok((node, joined))
+    };
+    let (node, joined) = again("first")?;
+    joined?;
+    assert_eq!(node.cluster()?.node_id().0, 4, "its own token answers it again");
+    drop(node);
+    lab.nodes[0].run(|c| async move { c.remove_node("n4").await })??;
+    let (_, joined) = again("second")?;
+    let why = refused(joined)?;
+    assert!(why.contains("node 4") && why.contains("was removed"), "{why}");
+    assert_eq!(lab.members(0)?.len(), 3, "it is listed again");
+    // With another token it is a new node.
+    let mut node = TestNode::new(&lab.folder().join("third"), "n4")?;
+    node.join(&lab.token(0)?)?;
+    assert_eq!(node.cluster()?.node_id().0, 5);
+    Ok(())
+}
+
+#[test]
 fn a_token_of_another_cluster_is_not_told_to_this_one() -> Outcome {
     let (one, two) = (Lab::new(1)?, Lab::new(1)?);
     // The other cluster now answers where the token points to.
@@ -79,13 +115,16 @@ fn a_token_of_another_cluster_is_not_told_to_this_one() -> Outcome {
 
 /// A TLS client's identity, PEM.
 #[derive(Clone)]
-struct Papers {
-    key: String,
-    certificate: String,
+pub(crate) struct Papers {
+    pub(crate) key: String,
+    pub(crate) certificate: String,
 }
 
-/// Dials as the given client (or as nobody), trusting `ca_pem`.
-fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outcome<Channel> {
+/// What a client (or nobody) shakes hands with, trusting `ca_pem`.
+pub(crate) fn client_tls(
+    ca_pem: &str,
+    papers: Option<Papers>,
+) -> Outcome<Arc<rustls::ClientConfig>> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(ca_pem.as_bytes())?)?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -100,7 +139,18 @@ fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outc
         None => builder.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![b"h2".to_vec()];
-    let (tls, name) = (Arc::new(tls), ServerName::try_from(name.to_owned())?);
+    Ok(Arc::new(tls))
+}
+
+/// Dials as the given client (or as nobody), trusting `ca_pem`.
+pub(crate) fn dial(
+    address: &str,
+    ca_pem: &str,
+    name: &str,
+    papers: Option<Papers>,
+) -> Outcome<Channel> {
+    let tls = client_tls(ca_pem, papers)?;
+    let name = ServerName::try_from(name.to_owned())?;
     let address = address.to_owned();
     let endpoint = Endpoint::from_static("http://member.holdfast").timeout(LIMIT);
     Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
@@ -113,7 +163,7 @@ fn dial(address: &str, ca_pem: &str, name: &str, papers: Option<Papers>) -> Outc
     })))
 }
 
-fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
+pub(crate) fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
     let key = rcgen::KeyPair::generate()?;
     let csr = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
     let client = client.to_owned();

@@ -8,11 +8,15 @@ mod ports;
 #[path = "../../../tests/src/skip.rs"]
 mod skip;
 
+mod backup;
+mod certificates;
 mod durability;
 mod history;
 mod joining;
 mod membership;
+mod recover;
 mod replication;
 mod tls;
 mod tree;
+mod verify;
 mod watches;

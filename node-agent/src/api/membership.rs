@@ -2,23 +2,30 @@
 //! machine alone, over the local socket.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cluster::tls::{PeerIdentity, peer};
-use cluster::{InitError, JoinError};
+use cluster::{Consistency, InitError, JoinError, RestoreError};
+use futures::StreamExt as _;
+use proto::backup::BackupError;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
-    ClusterStatus, ClusterStatusRequest, CreateTokenRequest, CreateTokenResponse, InitRequest,
-    InitResponse, IssueClientRequest, IssueClientResponse, JoinRequest, JoinResponse, NodeFailure,
-    RemoveNodeRequest, RemoveNodeResponse, TransferLeaderRequest, TransferLeaderResponse,
+    BackupChunk, BackupRequest, ClusterStatus, ClusterStatusRequest, CreateTokenRequest,
+    CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest, IssueClientResponse,
+    JoinRequest, JoinResponse, ListCertificatesRequest, ListCertificatesResponse, NodeFailure,
+    RemoveNodeRequest, RemoveNodeResponse, RenewCertificatesRequest, RenewCertificatesResponse,
+    RenewedCertificate, RestoreRequest, RestoreResponse, RevokeCertificatesRequest,
+    RevokeCertificatesResponse, TransferLeaderRequest, TransferLeaderResponse, Verification,
+    VerifyRequest,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
-use super::Api;
 use super::forward::{Caller, channel};
 use super::node::unknown;
+use super::{Answers, Api};
 use crate::ha::observe;
 use crate::node::Node;
 use crate::outlook::{Voice, outlook};
@@ -31,7 +38,12 @@ pub trait Former: Send + Sync + std::fmt::Debug {
     async fn init(&self, request: InitRequest) -> Result<InitResponse, Status>;
     /// `cluster join`.
     async fn join(&self, request: JoinRequest) -> Result<JoinResponse, Status>;
+    /// `cluster restore`.
+    async fn restore(&self, chunks: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status>;
 }
+
+/// How long another node may take to get its new certificate.
+const RENEWAL_LIMIT: Duration = Duration::from_secs(15);
 
 /// The service: with a [`Former`] on the local socket, without one elsewhere.
 #[derive(Debug, Clone)]
@@ -48,6 +60,18 @@ pub(crate) fn init_status(error: &InitError) -> Status {
         InitError::Name(_) => Status::invalid_argument(text),
         InitError::Identity(_) | InitError::Open(_) => Status::internal(text),
         InitError::Store(error) => store_status(error),
+    }
+}
+
+/// The status of a failed `cluster restore`.
+#[must_use]
+pub(crate) fn restore_status(error: &RestoreError) -> Status {
+    let text = error.to_string();
+    match error {
+        RestoreError::Backup(BackupError::Version(_)) => Status::failed_precondition(text),
+        RestoreError::Backup(_) | RestoreError::Content { .. } => Status::invalid_argument(text),
+        RestoreError::Read(_) => Status::internal(text),
+        RestoreError::Init(error) => init_status(error),
     }
 }
 
@@ -68,7 +92,7 @@ impl MembershipService {
         match (&self.former, peer(request)) {
             (Some(former), Some(PeerIdentity::LocalRoot)) => Ok(former.clone()),
             _ => Err(Status::permission_denied(
-                "a cluster is formed or joined by root on the node itself, over its local socket",
+                "a cluster is formed, joined or restored by root on the node itself: run clusterctl there as root, over the agent's local socket (`--socket`)",
             )),
         }
     }
@@ -118,6 +142,36 @@ fn another(node: &Node) -> Result<Option<Channel>, Status> {
     let chosen = chosen.or_else(|| others().find(|member| member.voter));
     let Some(chosen) = chosen.or_else(|| others().next()) else { return Ok(None) };
     channel(node, chosen.node_id).map(Some)
+}
+
+/// Has one node get a new certificate. That it gets none is part of the answer.
+async fn renew_one(node: &Node, caller: &Caller, id: NodeId) -> RenewedCertificate {
+    let answer = |certificate, error: String| RenewedCertificate {
+        node: node.name_of(id),
+        node_id: id.0,
+        certificate,
+        error,
+    };
+    if id == node.id {
+        return match node.cluster().renew_certificate().await {
+            Ok(certificate) => answer(Some(certificate), String::new()),
+            Err(error) => answer(None, error.to_string()),
+        };
+    }
+    let asked = async {
+        let request = caller.request(RenewCertificatesRequest { node: id.to_string() })?;
+        let mut client = MembershipClient::new(channel(node, id)?);
+        let renewed = tokio::time::timeout(RENEWAL_LIMIT, client.renew_certificates(request));
+        let late = |_| Status::deadline_exceeded("it did not answer in time");
+        Ok::<_, Status>(renewed.await.map_err(late)??.into_inner().renewed)
+    };
+    match asked.await {
+        Ok(renewed) => renewed
+            .into_iter()
+            .find(|of| of.node_id == id.0)
+            .unwrap_or_else(|| answer(None, "it gave no answer for itself".to_owned())),
+        Err(status) => answer(None, format!("it cannot be asked: {}", status.message())),
+    }
 }
 
 #[tonic::async_trait]
@@ -195,6 +249,52 @@ impl Membership for MembershipService {
         Ok(Response::new(TransferLeaderResponse { leader: node.name_of(leader) }))
     }
 
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Verification>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        node.cluster().take_turn(&caller.user)?;
+        tracing::info!(user = %caller.user, "comparing the members' copies");
+        Ok(Response::new(node.cluster().verify().await?))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<Streaming<RestoreRequest>>,
+    ) -> Result<Response<RestoreResponse>, Status> {
+        let former = self.former(&request)?;
+        former.restore(request.into_inner()).await.map(Response::new)
+    }
+
+    type BackupStream = Answers<BackupChunk>;
+
+    async fn backup(
+        &self,
+        request: Request<BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        // What is under `priv/` is for root alone, and no other call shows it.
+        if !matches!(peer(&request), Some(PeerIdentity::LocalRoot)) {
+            let socket = node.config.socket_path();
+            return Err(Status::permission_denied(format!(
+                "a backup holds the secrets under priv/, which are for root on a node alone: run `clusterctl --socket {} cluster backup FILE` on a node, as root",
+                socket.display()
+            )));
+        }
+        let consistency = match request.into_inner().stale {
+            true => Consistency::Stale,
+            false => Consistency::Linearizable,
+        };
+        let pieces = node.cluster().backup(consistency).await?;
+        tracing::warn!(user = %caller.user, "a backup of the configuration, secrets included, is taken");
+        let chunks = pieces.map(|piece| match piece {
+            Ok(data) => Ok(BackupChunk { data }),
+            Err(error) => Err(Status::from(error)),
+        });
+        Ok(Response::new(chunks.boxed()))
+    }
+
     async fn issue_client(
         &self,
         request: Request<IssueClientRequest>,
@@ -205,5 +305,45 @@ impl Membership for MembershipService {
         let issued = issued?;
         tracing::info!(client = %message.name, user = %caller.user, "client certificate issued");
         Ok(Response::new(issued))
+    }
+
+    async fn list_certificates(
+        &self,
+        request: Request<ListCertificatesRequest>,
+    ) -> Result<Response<ListCertificatesResponse>, Status> {
+        Caller::of(&request)?;
+        let certificates = self.api.node()?.cluster().certificates().await?;
+        Ok(Response::new(ListCertificatesResponse { certificates }))
+    }
+
+    async fn renew_certificates(
+        &self,
+        request: Request<RenewCertificatesRequest>,
+    ) -> Result<Response<RenewCertificatesResponse>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let wanted = request.into_inner().node;
+        let mut ids: Vec<NodeId> = match wanted.as_str() {
+            "" => node.cluster().members().into_iter().map(|member| member.node_id).collect(),
+            name => vec![node.find(name).ok_or_else(|| unknown(name))?],
+        };
+        ids.sort();
+        // One after the other: what goes wrong with one is not done to all.
+        let mut renewed = Vec::with_capacity(ids.len());
+        for id in ids {
+            renewed.push(renew_one(&node, &caller, id).await);
+        }
+        tracing::info!(user = %caller.user, node = %wanted, "certificates renewed on request");
+        Ok(Response::new(RenewCertificatesResponse { renewed }))
+    }
+
+    async fn revoke_certificates(
+        &self,
+        request: Request<RevokeCertificatesRequest>,
+    ) -> Result<Response<RevokeCertificatesResponse>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let what = request.into_inner().what;
+        let revoked = node.cluster().revoke_certificates(&what, &caller.user).await?;
+        tracing::warn!(%what, user = %caller.user, count = revoked.len(), "certificates revoked");
+        Ok(Response::new(RevokeCertificatesResponse { revoked }))
     }
 }

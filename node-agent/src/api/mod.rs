@@ -21,7 +21,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 pub use membership::Former;
-pub(crate) use membership::{init_status, join_status};
+pub(crate) use membership::{init_status, join_status, restore_status};
 pub use server::{
     SocketError, bind_local, client_routes, serve_enrolment, serve_local, serve_members,
 };

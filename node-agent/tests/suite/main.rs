@@ -11,6 +11,7 @@ mod rig;
 mod skip;
 
 mod agent;
+mod disaster;
 mod membership;
 mod migration;
 mod network;

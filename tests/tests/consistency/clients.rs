@@ -284,6 +284,7 @@ fn refusal(error: &StoreError) -> Answer {
         | StoreError::NoSpace { .. }
         | StoreError::TooLarge(_)
         | StoreError::TooOften { .. }
+        | StoreError::Busy(_)
         | StoreError::Recovering => Answer::Refused(text),
         StoreError::UnknownOutcome { .. }
         | StoreError::Forgotten { .. }

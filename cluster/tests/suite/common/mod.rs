@@ -234,7 +234,7 @@ impl Drop for TestNode {
 impl TestNode {
     /// Waits until the database is closed, which lets go of the folder's lock. Threads of one that
     /// is still open as the process ends use what RocksDB takes apart at its exit, and abort it.
-    fn wait_closed(&self) {
+    pub(crate) fn wait_closed(&self) {
         let Ok(lock) = std::fs::File::open(self.config.data_dir.join("lock")) else { return };
         let until = Instant::now() + Duration::from_secs(5);
         while lock.try_lock().is_err() && Instant::now() < until {

@@ -1,0 +1,138 @@
+//! What is shown of certificates, and of their states.
+
+use std::collections::BTreeMap;
+
+use proto::record::{CertificateHolder, CertificateRecord};
+use proto::{NodeId, Revision, v1};
+
+use super::{Known, all, record_of, removed, shown_since};
+use crate::identity::{BACKDATE_S, Certificate, dates};
+use crate::membership::unix_now_s;
+use crate::node::Node;
+use crate::{Consistency, StoreError};
+
+/// How a certificate is shown. `replaced`: its node shows a later one. `removed`: its node is no
+/// member.
+fn state(
+    record: &CertificateRecord,
+    now_unix_s: u64,
+    replaced: bool,
+    removed: bool,
+) -> &'static str {
+    let life_s = record.expires_unix_s.saturating_sub(record.issued_unix_s);
+    let left_s = record.expires_unix_s.saturating_sub(now_unix_s);
+    match record.holder {
+        _ if record.revoked.is_some() || removed => "revoked",
+        _ if left_s == 0 => "expired",
+        CertificateHolder::Node(_) if !record.in_use && replaced => "replaced",
+        CertificateHolder::Node(_) if !record.in_use => "unused",
+        _ if now_unix_s < record.issued_unix_s.saturating_sub(BACKDATE_S) => "future",
+        // A node asks for the next one with a third left.
+        CertificateHolder::Node(_) if left_s < life_s / 4 => "expiring",
+        CertificateHolder::Client(_) if left_s < life_s / 8 => "expiring",
+        _ => "valid",
+    }
+}
+
+/// All certificates: the CA's first, then the nodes', then the clients', the newest of each first.
+pub(crate) async fn list(node: &Node) -> Result<Vec<v1::Certificate>, StoreError> {
+    let now_unix_s = unix_now_s();
+    let mut known = all(node, Consistency::Linearizable).await?;
+    known.sort_by(|a, b| {
+        let order = |known: &Known| (known.record.holder.clone(), std::cmp::Reverse(known.created));
+        order(a).cmp(&order(b))
+    });
+    let removed = removed(node).await?;
+    let since = shown_since(&known);
+    let mut shown: Vec<_> = authority(node, now_unix_s).into_iter().collect();
+    shown.extend(known.iter().map(|one| show(node, one, now_unix_s, &since, &removed)));
+    Ok(shown)
+}
+
+fn authority(node: &Node, now_unix_s: u64) -> Option<v1::Certificate> {
+    let (serial, issued_unix_s, expires_unix_s) = dates(node.ca_pem())?;
+    Some(v1::Certificate {
+        kind: "ca".to_owned(),
+        name: node.identity().cluster_name.clone(),
+        serial,
+        issued_unix_s,
+        expires_unix_s,
+        state: if expires_unix_s <= now_unix_s { "expired" } else { "valid" }.to_owned(),
+        ..v1::Certificate::default()
+    })
+}
+
+pub(super) fn show(
+    node: &Node,
+    known: &Known,
+    now_unix_s: u64,
+    since: &BTreeMap<NodeId, Revision>,
+    removed: &BTreeMap<NodeId, String>,
+) -> v1::Certificate {
+    let Known { serial, record, .. } = known;
+    let (kind, name, id) = match &record.holder {
+        CertificateHolder::Client(name) => ("client", name.clone(), NodeId(0)),
+        CertificateHolder::Node(id) => {
+            let members = node.members();
+            let member = members.into_iter().find(|member| member.node_id == *id);
+            let name = member.map(|member| member.name).or_else(|| removed.get(id).cloned());
+            ("node", name.unwrap_or_else(|| format!("node id {id}")), *id)
+        }
+    };
+    let gone = removed.contains_key(&id);
+    let replaced = since.get(&id).is_some_and(|since| known.created < *since);
+    v1::Certificate {
+        kind: kind.to_owned(),
+        name,
+        node_id: id.0,
+        serial: serial.clone(),
+        issued_unix_s: record.issued_unix_s,
+        expires_unix_s: record.expires_unix_s,
+        state: state(record, now_unix_s, replaced, gone).to_owned(),
+        trouble: record.trouble.clone().unwrap_or_default(),
+    }
+}
+
+/// A node's own certificate as the list shows it.
+pub(crate) fn shown_own(node: &Node, own: &Certificate) -> Option<v1::Certificate> {
+    let record = CertificateRecord { in_use: true, ..record_of(own)? };
+    let (created, revision) = (Revision(0), Revision(0));
+    let known = Known { serial: own.serial.clone(), record, created, revision };
+    Some(show(node, &known, unix_now_s(), &BTreeMap::new(), &BTreeMap::new()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::record::Revocation;
+
+    use super::super::tests::{NOW, known};
+    use super::*;
+
+    #[test]
+    fn states_say_what_a_certificate_is_good_for() {
+        let unused = known("aa", CertificateHolder::Node(NodeId(1)), NOW).record;
+        let node = CertificateRecord { in_use: true, ..unused.clone() };
+        let client = known("bb", CertificateHolder::Client("ann".to_owned()), NOW).record;
+        let cases = [
+            (state(&node, NOW, false, false), "valid"),
+            (state(&node, NOW + 850, false, false), "valid"),
+            (state(&node, NOW + 950, false, false), "expiring"),
+            // While it changes from one to the other it may show either.
+            (state(&node, NOW, true, false), "valid"),
+            (state(&unused, NOW + 950, true, false), "replaced"),
+            (state(&unused, NOW + 950, false, false), "unused"),
+            (state(&node, NOW - 3601, false, false), "future"),
+            (state(&node, NOW + 1200, false, false), "expired"),
+            (state(&node, NOW, false, true), "revoked"),
+            (state(&client, NOW + 1000, false, false), "valid"),
+            (state(&client, NOW + 1100, false, false), "expiring"),
+            (state(&client, NOW + 9999, false, false), "expired"),
+        ];
+        for (place, (shown, expected)) in cases.into_iter().enumerate() {
+            assert_eq!(shown, expected, "case {place}");
+        }
+        let by = "root".to_owned();
+        let revoked = Some(Revocation { at_unix_s: NOW, by });
+        assert_eq!(state(&CertificateRecord { revoked, ..client }, NOW, false, false), "revoked");
+    }
+}

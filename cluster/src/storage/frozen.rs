@@ -1,0 +1,111 @@
+//! The database of a stopped member, looked at and not changed: not even the mark changes by which
+//! the member sees, when it is opened the next time, whether a power loss took its unsynced tail.
+
+use std::io;
+use std::path::Path;
+
+use rocksdb::{ColumnFamilyDescriptor, DB};
+
+use super::db::{Cf, View, cf_options, check, db_options, io_error, look, open_error};
+use crate::OpenError;
+
+/// A database that is only read. The folder must be locked meanwhile.
+pub(crate) struct Frozen {
+    rocks: DB,
+    /// The machine lost power since this database was last closed: the unsynced tail is gone.
+    pub(crate) lost_tail: bool,
+}
+
+impl std::fmt::Debug for Frozen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Frozen").field("lost_tail", &self.lost_tail).finish_non_exhaustive()
+    }
+}
+
+impl Frozen {
+    /// Opens it and reads all of it once, so that damage is found now. `boot`: of this machine, now.
+    pub(crate) fn open(folder: &Path, boot: &str) -> Result<Self, OpenError> {
+        let fail = |error: io::Error| open_error(folder, &error);
+        let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), cf_options()));
+        let (options, path) = (db_options(false), folder.join("db"));
+        // RocksDB would make a folder for its own log before it finds that there is none.
+        if !path.join("CURRENT").exists() {
+            return Err(OpenError::Unusable {
+                path,
+                detail: "is not there, or not whole: this node's copy is lost; recover another node, or restore a backup".to_owned(),
+            });
+        }
+        let rocks = DB::open_cf_descriptors_read_only(&options, path, families, false)
+            .map_err(|error| fail(io_error(error)))?;
+        check(&rocks).map_err(fail)?;
+        let lost_tail = look(&rocks, folder, boot)?;
+        Ok(Self { rocks, lost_tail })
+    }
+
+    /// Reads from it.
+    pub(crate) fn view<T>(&self, f: impl FnOnce(&View<'_>) -> io::Result<T>) -> io::Result<T> {
+        f(&View::of(&self.rocks)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::host::{Connection, GroupCommit, Host, SyncNow, ThisHost};
+    use crate::machine::{Read, Table};
+    use crate::storage::{Db, FolderLock};
+
+    type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+    /// This machine after it was started anew.
+    #[derive(Debug)]
+    struct Boot(&'static str);
+
+    #[async_trait]
+    impl Host for Boot {
+        async fn dial(&self, address: &str) -> io::Result<Connection> {
+            ThisHost.dial(address).await
+        }
+        fn group_commit(&self, folder: &Path, sync: SyncNow) -> io::Result<Box<dyn GroupCommit>> {
+            ThisHost.group_commit(folder, sync)
+        }
+        fn blocking(&self, work: Box<dyn FnOnce() + Send>) {
+            work();
+        }
+        fn free_bytes(&self, _: &Path) -> Option<u64> {
+            None
+        }
+        fn boot_id(&self) -> String {
+            self.0.to_owned()
+        }
+    }
+
+    /// A member that lost its tail and does not know it gives its vote a second time.
+    #[test]
+    fn to_look_at_a_member_does_not_hide_that_it_lost_its_tail() -> Outcome {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path();
+        let db = Db::create(path, FolderLock::take(path)?, Arc::new(Boot("one")))?;
+        db.write(|batch| batch.set(Table::Data, b"a", Some(b"1")))?;
+        // The power goes: it is not closed.
+        drop(db);
+        for _ in 0..2 {
+            let frozen = Frozen::open(path, "two")?;
+            assert!(frozen.lost_tail);
+            let row = frozen.view(|view| view.get(Table::Data, b"a"))?;
+            assert_eq!(row.as_deref(), Some(b"1".as_slice()));
+        }
+        let db = Db::open(path, FolderLock::take(path)?, Arc::new(Boot("two")))?;
+        assert!(db.lost_tail);
+        db.close();
+        assert!(!Frozen::open(path, "three")?.lost_tail, "it was closed");
+        let none = tempfile::tempdir()?;
+        assert!(Frozen::open(none.path(), "one").is_err());
+        assert!(!none.path().join("db").exists(), "it makes none");
+        Ok(())
+    }
+}
