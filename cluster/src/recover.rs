@@ -35,7 +35,7 @@ mod others;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -125,6 +125,8 @@ pub struct Survey {
     pub lost_tail: bool,
     /// Who is dropped.
     pub dropped: Vec<Member>,
+    /// Those of them whose machine is on: it refused the connection, so VMs may still run there.
+    pub powered: Vec<NodeId>,
 }
 
 /// A stopped member's locked data folder.
@@ -188,7 +190,7 @@ impl Survivor {
         let node_name = own.map_or(&identity.record.node_name, |own| &own.name).clone();
         let dropped: Vec<Member> =
             members.into_iter().filter(|member| member.node_id != me).collect();
-        nobody_answers(config, identity, &dropped).await?;
+        let powered = nobody_answers(config, identity, &dropped).await?;
         Ok(Survey {
             cluster_name: identity.record.cluster_name.clone(),
             cluster_id: identity.record.cluster_id.clone(),
@@ -199,6 +201,7 @@ impl Survivor {
             committed_index: held.committed,
             lost_tail: db.lost_tail,
             dropped,
+            powered,
         })
     }
 
@@ -232,6 +235,7 @@ impl Survivor {
             }
             _ => {}
         }
+        let asking = self.config.clone();
         let config = ClusterConfig { data_dir: made.clone(), ..self.config };
         let cluster = match open(config).await? {
             Opened::Fresh(fresh) => {
@@ -247,8 +251,9 @@ impl Survivor {
             restored: checked.restored,
         };
         cluster.shutdown().await;
-        // Read to its end.
+        // Read to its end, which took a while.
         drop(self.db);
+        nobody_answers(&asking, &self.identity, &self.survey.dropped).await?;
         swap(&folder, &recovered.kept).map_err(failed(UNFINISHED))?;
         Ok(recovered)
     }
@@ -259,6 +264,7 @@ impl Survivor {
         let folder = self.config.data_dir.clone();
         let (db, record) = (self.db.clone(), self.identity.record.clone());
         let (id, name) = (self.survey.node_id, self.survey.node_name.clone());
+        let lost_tail = self.survey.lost_tail;
         let shown = folder.join(BACKUP).display().to_string();
         let writing = tokio::task::spawn_blocking(move || {
             let partial = folder.join(format!("{BACKUP}.tmp"));
@@ -270,7 +276,8 @@ impl Survivor {
                 let (_, state) = held(view)?;
                 let header = backup::header(&record, name, &state)?;
                 backup::write(rows(&state, b""), &header, |piece| file.write_all(&piece))?;
-                left_to(id, &settled(view)?)
+                // What a power loss took from the log's end may have been acted on already.
+                if lost_tail { Ok(BTreeMap::new()) } else { left_to(id, &settled(view)?) }
             })?;
             file.sync_all()?;
             fs::rename(&partial, folder.join(BACKUP))?;
@@ -379,7 +386,8 @@ fn partial(kept: &Path) -> PathBuf {
 
 /// Moves the old cluster's files away and the new one's in.
 fn swap(folder: &Path, kept: &Path) -> io::Result<()> {
-    match fs::create_dir(partial(kept)) {
+    // With the old CA's key in it, also where it is moved to some day.
+    match fs::DirBuilder::new().mode(0o700).create(partial(kept)) {
         // Of an attempt that moved nothing.
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => sync(folder)?,

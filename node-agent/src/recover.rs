@@ -68,7 +68,12 @@ fn described(survey: &Survey) -> String {
     for member in &survey.dropped {
         let role = if member.voter { "voter" } else { "learner" };
         // Writing into a String does not fail.
-        let _ = writeln!(dropped, "  {} ({role}, {})", member.name, member.api_address);
+        let _ = write!(dropped, "  {} ({role}, {})", member.name, member.api_address);
+        dropped.push_str(if survey.powered.contains(&member.node_id) {
+            ": THIS MACHINE IS ON (no agent listens there, its VMs may run): power it off\n"
+        } else {
+            "\n"
+        });
     }
     if dropped.is_empty() {
         dropped.push_str("  nobody: this node was alone\n");
@@ -143,12 +148,13 @@ mod tests {
             committed_index: 55,
             lost_tail: false,
             dropped: vec![member(1, "n1", true), member(2, "n2", false)],
+            powered: vec![NodeId(2)],
         };
         let text = described(&survey);
         for part in [
             "revision     42",
             "up to 57, known to be committed up to 55",
-            "  n1 (voter, n1:7400)\n  n2 (learner, n2:7400)\n",
+            "  n1 (voter, n1:7400)\n  n2 (learner, n2:7400): THIS MACHINE IS ON",
             "MUST BE OFF",
         ] {
             assert!(text.contains(part), "{part}: {text}");

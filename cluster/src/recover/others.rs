@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::NodeId;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -43,12 +44,13 @@ pub(super) fn list(heard: &[Heard]) -> String {
 /// Asks every other member, voter or not: one that is up knows of a majority where there is one, or
 /// goes on in the old cluster once its others are back. Gone is only who is silent: a connection
 /// that is refused or leads nowhere. Whatever else comes is somebody, whether or not this node's
-/// certificate is good there, or the other's here.
+/// certificate is good there, or the other's here. Returns whose machine is on though no agent
+/// listens there.
 pub(super) async fn nobody_answers(
     config: &ClusterConfig,
     identity: &Identity,
     others: &[Member],
-) -> Result<(), RecoverError> {
+) -> Result<Vec<NodeId>, RecoverError> {
     let unusable = |error: &dyn std::fmt::Display| OpenError::Unusable {
         path: config.data_dir.clone(),
         detail: error.to_string(),
@@ -61,23 +63,38 @@ pub(super) async fn nobody_answers(
     let peers = Peers::new(config.host.clone(), tls, trust, cluster_id);
     let removed = watch::channel(false).0;
     let asked = others.iter().map(|member| heard(config.host.as_ref(), &peers, member, &removed));
-    let heard: Vec<Heard> = futures::future::join_all(asked).await.into_iter().flatten().collect();
+    let (mut heard, mut powered) = (Vec::new(), Vec::new());
+    for (member, found) in others.iter().zip(futures::future::join_all(asked).await) {
+        match found {
+            Found::Nothing => {}
+            Found::Refusal => powered.push(member.node_id),
+            Found::Somebody(somebody) => heard.push(somebody),
+        }
+    }
     if *removed.borrow() {
         return Err(OpenError::Removed { path: config.data_dir.clone() }.into());
     }
-    if heard.is_empty() { Ok(()) } else { Err(RecoverError::Answers(heard)) }
+    if heard.is_empty() { Ok(powered) } else { Err(RecoverError::Answers(heard)) }
 }
 
-/// What is heard of a member; `None`: nothing.
+/// What there is at a member's address.
+enum Found {
+    Nothing,
+    /// A machine on which no agent listens.
+    Refusal,
+    Somebody(Heard),
+}
+
 async fn heard(
     host: &dyn Host,
     peers: &Peers,
     member: &Member,
     removed: &watch::Sender<bool>,
-) -> Option<Heard> {
+) -> Found {
     let address = &member.api_address;
     let seen = match reach(host, address).await {
-        Reach::Silent => return None,
+        Reach::Silent => return Found::Nothing,
+        Reach::Refused => return Found::Refusal,
         Reach::Unknown(error) => format!(
             "it cannot be asked: {error}; where a name is not found, put it into /etc/hosts"
         ),
@@ -86,7 +103,7 @@ async fn heard(
             None => "something listens there".to_owned(),
         },
     };
-    Some(Heard { name: member.name.clone(), address: address.clone(), seen })
+    Found::Somebody(Heard { name: member.name.clone(), address: address.clone(), seen })
 }
 
 /// In words, what is said at an address where something listens.
@@ -103,6 +120,8 @@ async fn said(channel: tonic::transport::Channel, removed: &watch::Sender<bool>)
 enum Reach {
     /// Nobody is there.
     Silent,
+    /// A machine is there, and nothing listens.
+    Refused,
     /// It was taken.
     Listens,
     /// It could not be tried, or failed in a way that does not say that nobody is there.
@@ -124,6 +143,7 @@ async fn reach(host: &dyn Host, address: &str) -> Reach {
         let found = match tokio::time::timeout_at(until, host.dial(address)).await {
             Err(_) => Reach::Silent,
             Ok(Ok(_)) => Reach::Listens,
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Reach::Refused,
             Ok(Err(error)) if is_silence(&error) => Reach::Silent,
             Ok(Err(error)) => Reach::Unknown(error),
         };
@@ -134,15 +154,14 @@ async fn reach(host: &dyn Host, address: &str) -> Reach {
     }
 }
 
-/// Whether a connection failed as it does where nobody is.
+/// Whether a connection failed as it does where nobody is. Not where there is no route: then nothing
+/// left this machine, and it is perhaps the one that is cut off.
 fn is_silence(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
-    matches!(error.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable | TimedOut)
+    matches!(error.kind(), io::ErrorKind::HostUnreachable | io::ErrorKind::TimedOut)
 }
 
 #[cfg(test)]
 mod tests {
-    use proto::NodeId;
     use tokio::net::TcpListener;
     use tonic::service::Routes;
 
@@ -216,7 +235,11 @@ mod tests {
         let address = || "127.0.0.1:1".to_owned();
         let config = ClusterConfig::new(folder.path().to_owned(), address(), address());
         match nobody_answers(&config, own, others).await {
-            Ok(()) => Ok(Vec::new()),
+            Ok(powered) => {
+                let refusing: Vec<NodeId> = others.iter().map(|member| member.node_id).collect();
+                assert_eq!(powered, refusing, "a port of this machine is refused");
+                Ok(Vec::new())
+            }
             Err(RecoverError::Answers(heard)) => Ok(heard),
             Err(other) => Err(other.into()),
         }
@@ -271,21 +294,16 @@ mod tests {
     }
 
     #[test]
-    fn only_refused_connections_and_those_that_lead_nowhere_are_silence() {
+    fn only_connections_that_lead_nowhere_are_silence() {
         use io::ErrorKind;
         let of = |kind: ErrorKind| is_silence(&kind.into());
-        let silence = [
-            ErrorKind::ConnectionRefused,
-            ErrorKind::HostUnreachable,
-            ErrorKind::NetworkUnreachable,
-            ErrorKind::TimedOut,
-        ];
-        assert!(silence.into_iter().all(of));
+        assert!([ErrorKind::HostUnreachable, ErrorKind::TimedOut].into_iter().all(of));
         // Somebody there ended it; or it never left this machine.
         let doubt = [
             ErrorKind::ConnectionReset,
             ErrorKind::ConnectionAborted,
             ErrorKind::NetworkDown,
+            ErrorKind::NetworkUnreachable,
             ErrorKind::AddrNotAvailable,
             ErrorKind::PermissionDenied,
             ErrorKind::Other,

@@ -111,13 +111,16 @@ fn a_survivor_goes_on_alone_and_the_old_majority_stays_another_cluster() -> Outc
     assert_eq!(mode & 0o777, 0o600);
     assert!(!node.folder.join("recover.hfb.tmp").exists());
     assert_eq!(recovered.restored.vms, 4);
+    // The old CA's key is in it.
+    let mode = std::fs::metadata(&recovered.kept)?.permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
     assert!(recovered.kept.join("db").exists() && recovered.kept.join("identity.json").exists());
     lab.nodes[2].start()?;
     lab.nodes[2].run(|c| async move {
         assert_eq!((c.cluster_name(), c.node_id()), ("test", NodeId(1)));
         assert_eq!(c.node_name().borrow().as_str(), "n3");
-        assert_eq!(c.members().len(), 1);
         let own = placement(&c, "own").await?;
+        assert_eq!(c.members().len(), 1);
         assert_eq!(
             (own.owner, own.generation, own.phase),
             (NodeId(1), Generation(7), Phase::Started)
