@@ -18,7 +18,7 @@ use crate::tls::{channel, connect, enrol_client};
 use crate::{ClusterConfig, JoinError};
 
 /// Holds this node's key until it is a member, so that a repeated attempt is the same node's.
-const KEY: &str = "joining.key";
+pub(crate) const KEY: &str = "joining.key";
 
 /// Gets this node an identity.
 pub(crate) async fn enrol(
@@ -70,15 +70,8 @@ async fn ask(
         .map_err(|error| Failed::Everywhere(JoinError::Identity(error.to_string())))?;
     // Once by hand first: gRPC's own error does not tell a wrong CA from a closed port.
     if let Err(error) = connect(host.as_ref(), tls.clone(), address, expect.clone()).await {
-        let wrong = error
-            .get_ref()
-            .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-            .is_some_and(|tls| matches!(tls, rustls::Error::InvalidCertificate(_)));
-        return Err(if wrong {
-            Failed::Everywhere(JoinError::WrongCluster { address: address.to_owned() })
-        } else {
-            Failed::Here(error.to_string())
-        });
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        return Err(not_connected(address, tls).unwrap_or(Failed::Here(error.to_string())));
     }
     let there = address.to_owned();
     let channel = channel(host.clone(), tls, None, move || there.clone(), expect);
@@ -94,6 +87,20 @@ async fn ask(
             _ => Failed::Everywhere(JoinError::Refused(status.message().to_owned())),
         }),
     }
+}
+
+/// What a certificate says that was not accepted, if that is why.
+fn not_connected(address: &str, error: Option<&rustls::Error>) -> Option<Failed> {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let rustls::Error::InvalidCertificate(why) = error? else { return None };
+    Some(match why {
+        Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
+            Failed::Here(format!(
+                "its certificate is not good at this node's time ({why}): set the clock that is wrong (`timedatectl set-ntp true`)"
+            ))
+        }
+        _ => Failed::Everywhere(JoinError::WrongCluster { address: address.to_owned() }),
+    })
 }
 
 fn identity(

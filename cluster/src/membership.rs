@@ -281,9 +281,11 @@ async fn admit(
         if !record.matches(&request.token_secret) {
             return Err(unknown());
         }
+        let expired = unix_now_s() >= record.expires_unix_s;
         if let Some(used) = &record.used {
-            // The same node asks again: it did not get the answer.
-            if used.key_hash == key_hash && used.node_name == name.as_str() {
+            // The same node asks again: it did not get the answer. Not for ever: whoever has found
+            // its key since must not get certificates on it.
+            if !expired && used.key_hash == key_hash && used.node_name == name.as_str() {
                 return Ok(NodeId(used.node_id));
             }
             return Err(Status::permission_denied(format!(
@@ -291,7 +293,7 @@ async fn admit(
                 used.node_name
             )));
         }
-        if unix_now_s() >= record.expires_unix_s {
+        if expired {
             return Err(Status::permission_denied(
                 "the join token has expired; make a new one with `clusterctl cluster token create`",
             ));

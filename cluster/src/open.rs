@@ -51,7 +51,9 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
                 detail: "a recovery was interrupted while its files were exchanged; run `node-agent recover` again: it goes on from there".to_owned(),
             });
         }
-        if ["node.pem", "ca.crt", "db"].iter().all(|part| folder.join(part).exists()) {
+        // Not where joining was interrupted just before its end: that is tried again.
+        let joining = folder.join(crate::enrol::KEY).exists();
+        if !joining && ["node.pem", "ca.crt", "db"].iter().all(|part| folder.join(part).exists()) {
             return Err(OpenError::Unusable {
                 path: folder.join("identity.json"),
                 detail: "is missing, and the rest of a member is here: put it back; or, if this node is of no cluster any more, empty the data folder".to_owned(),

@@ -134,12 +134,17 @@ pub(crate) async fn claim(node: &Node, serial: &str) -> Result<(), ClaimError> {
 
 /// Has the records say that this node shows one certificate, and no other of its own. Where nobody
 /// has recorded it (the first node's, or one that a node signed itself), this does. False: something
-/// was changed meanwhile; look again later.
+/// was changed meanwhile; look again later. An error where it was revoked: the node needs another one.
 pub(crate) async fn settle(node: &Node, own: &Certificate) -> Result<bool, StoreError> {
     let (mut txn, mut found) = (Txn::new(), false);
-    for mut known in all(node, Consistency::Stale).await? {
+    // A copy that is behind may not know yet what this node itself claimed before it was restarted.
+    for mut known in all(node, Consistency::Linearizable).await? {
         let shown = known.serial == own.serial;
         found |= shown;
+        if shown && known.record.revoked.is_some() {
+            let why = format!("certificate {}, which this node shows, was revoked", own.serial);
+            return Err(StoreError::Failed { why });
+        }
         let its_own = known.record.holder == CertificateHolder::Node(node.id());
         if !its_own || known.record.in_use == shown {
             continue;

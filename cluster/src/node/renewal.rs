@@ -20,13 +20,14 @@ use proto::NodeId;
 use proto::v1::RenewRequest;
 
 use super::Node;
+use super::denied::denied;
 use crate::certificates::{self, ClaimError};
 use crate::consensus::{lead, renew};
 use crate::host::blocking;
 use crate::identity::{Certificate, Identity, Pair, Standing, renewal_request};
 use crate::membership::unix_now_s;
 use crate::storage::Db;
-use crate::tls::{Credentials, PeerIdentity};
+use crate::tls::{Credentials, PeerIdentity, Refusal};
 use crate::{ClusterConfig, MembershipError, StoreError};
 
 /// Between two looks at most.
@@ -131,7 +132,9 @@ pub(super) fn replace_if_useless(
     })?;
     let now_unix_s = unix_now_s();
     let standing = held.certificate.standing(now_unix_s);
-    if standing == Standing::Good {
+    let denied = denied(db).map_err(|error| error.to_string())?;
+    let refused = denied.refuses(&held.certificate.holder, &held.certificate.serial);
+    if standing == Standing::Good && refused != Some(Refusal::Revoked) {
         return Ok(());
     }
     let owner = Owner {
@@ -198,10 +201,17 @@ impl Node {
 
     async fn renew_if_due(self: &Arc<Self>) -> Result<(), String> {
         let (present, now_unix_s) = (self.certificate(), unix_now_s());
-        if present.standing(now_unix_s) == Standing::Good && now_unix_s < present.due_unix_s() {
+        if !self.is_useless(&present, now_unix_s) && now_unix_s < present.due_unix_s() {
             return Ok(());
         }
         self.renew().await.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Whether nobody talks to who shows a certificate. (One that a node shows is not revoked, but
+    /// for the moment between its start and its first word to the others.)
+    fn is_useless(&self, shown: &Certificate, now_unix_s: u64) -> bool {
+        shown.standing(now_unix_s) != Standing::Good
+            || self.trust.judge(&shown.holder, &shown.serial) == Some(Refusal::Revoked)
     }
 
     /// Has the records say which certificate this node shows.
@@ -234,7 +244,7 @@ impl Node {
         let _one = self.renewal.one.lock().await;
         let Err(why) = self.renew_by_leader().await else { return Ok(self.certificate()) };
         let (held, now_unix_s) = (self.renewal.held(), unix_now_s());
-        if held.certificate.standing(now_unix_s) == Standing::Good {
+        if !self.is_useless(&held.certificate, now_unix_s) {
             return Err(why);
         }
         tracing::warn!(%why, "this node's certificate is of no use at this time; it helps itself");

@@ -2,8 +2,9 @@
 //! leader, or whoever could elect one, would not talk to it.
 //!
 //! A clock that was ahead for a while leaves a node with a certificate that is not good yet, and a
-//! node that was off for long comes back with one that is over. First the pair before is looked at;
-//! where that is of no use either, the node signs with the CA's key, which every member has.
+//! node that was off for long comes back with one that is over. The node signs with the CA's key,
+//! which every member has: what is signed now was never revoked. Where it cannot, the pair before is
+//! looked at.
 
 use super::super::denied::denied;
 use super::{Held, Owner};
@@ -21,13 +22,15 @@ pub(super) fn replacement(
     db: &Db,
     now_unix_s: u64,
 ) -> Result<Held, String> {
-    if let Some(previous) = &held.previous
-        && let Some(before) = usable(owner, previous, db, now_unix_s)?
-    {
-        // Once the clock has changed again, it may be the other way round.
-        return Ok(Held { previous: Some(held.pair.clone()), ..before });
-    }
-    let signed = sign(owner, db, now_unix_s)?;
+    let signed = match sign(owner, db, now_unix_s) {
+        Ok(signed) => signed,
+        Err(why) => {
+            let previous = held.previous.as_ref().ok_or_else(|| why.clone())?;
+            let before = usable(owner, previous, db, now_unix_s)?.ok_or(why)?;
+            // Once the clock has changed again, it may be the other way round.
+            return Ok(Held { previous: Some(held.pair.clone()), ..before });
+        }
+    };
     // What the cluster knows of was good by other clocks than this one.
     let known = certificates::is_recorded(db, &held.certificate.serial);
     let previous = if known.map_err(|error| error.to_string())? {

@@ -5,7 +5,7 @@ use proto::{keys, v1};
 
 use super::super::denied::denied;
 use super::*;
-use crate::identity::request_key_hash;
+use crate::identity::{Ca, request_key_hash};
 use crate::membership::to_json;
 use crate::{Cluster, Opened, Txn, open};
 
@@ -193,44 +193,52 @@ async fn a_clock_that_was_ahead_leaves_a_certificate_that_is_good() -> Outcome {
     // Ahead once more, further: the one that the others know is the one that is kept.
     let further = replacement(&signed, ahead + 730 * DAY_S)?;
     assert_eq!(further.previous.as_ref(), Some(&held.pair));
-    // The clock is right again.
+    // The clock is right again: another one is signed.
     let back = replacement(&further, now)?;
-    assert_eq!((back.pair == held.pair, &back.certificate.serial), (true, &own));
-    assert_eq!(back.previous.as_ref(), Some(&further.pair));
-    // Where there is none from before, another one is signed. So it is where it was revoked.
+    assert_eq!(back.certificate.standing(now), Standing::Good);
+    assert!(back.certificate.serial != own);
+    // Where nothing can be signed, it is the one before, unless that was revoked.
+    let another = Ca::make(cluster.cluster_id())?.certificate_pem;
+    let unable = Owner { ca_pem: &another, ..owner };
+    let before = alone::replacement(&unable, &further, &node.db, now)?;
+    assert_eq!((before.pair == held.pair, &before.certificate.serial), (true, &own));
+    assert_eq!(before.previous.as_ref(), Some(&further.pair));
     let none = Held { previous: None, ..further.clone() };
-    let anew = replacement(&none, now)?;
-    assert_eq!(anew.certificate.standing(now), Standing::Good);
+    let refused = alone::replacement(&unable, &none, &node.db, now).err().ok_or("from nothing")?;
+    assert!(refused.contains("another CA's"), "{refused}");
     let key = keys::certificate(&own);
     let (kv, _) = cluster.get(&key, crate::Consistency::Linearizable).await?;
     let mut record: CertificateRecord = crate::membership::from_json(&kv.ok_or("not there")?)?;
     record.revoked = Some(Revocation { at_unix_s: now, by: "root".to_owned() });
     cluster.txn(Txn::new().put(key.as_str(), to_json(&record)?)).await?;
-    let anew = replacement(&further, now)?;
-    assert!(anew.certificate.serial != own && anew.certificate.standing(now) == Standing::Good);
+    let refused = alone::replacement(&unable, &further, &node.db, now).err().ok_or("revoked")?;
+    assert!(refused.contains("another CA's"), "{refused}");
+    // One that is shown and was revoked all the same is of no use, and says so.
+    assert!(certificates::settle(&node, &held.certificate).await.is_err());
+    until("its revocation is known", || async {
+        Ok(node.is_useless(&held.certificate, unix_now_s()))
+    })
+    .await?;
+    node.renew_if_due().await?;
+    assert!(node.certificate().serial != own);
+    assert!(!node.is_useless(&node.certificate(), unix_now_s()));
     record.revoked = None;
     cluster.txn(Txn::new().put(key, to_json(&record)?)).await?;
     // A clock that cannot be right signs nothing, and what is there stays.
     let refused = replacement(&none, 5).err().ok_or("it was signed")?;
     assert!(refused.contains("timedatectl"), "{refused}");
 
-    // As it starts: the pair before; then, where there is none, a new one.
+    // As it starts.
     cluster.shutdown().await;
     further.pair.store(folder.path(), further.previous.as_ref())?;
     drop((cluster, node));
     let Opened::Member(cluster) = open(config(folder.path())).await? else {
         return Err("no member".into());
     };
-    assert_eq!(cluster.certificate().serial, own);
-    cluster.shutdown().await;
-    further.pair.store(folder.path(), None)?;
-    drop(cluster);
-    let Opened::Member(cluster) = open(config(folder.path())).await? else {
-        return Err("no member".into());
-    };
     let node = cluster.node().clone();
     let fresh = node.certificate();
     assert!(fresh.serial != own && fresh.standing(unix_now_s()) == Standing::Good);
+    assert_ne!(fresh.serial, further.certificate.serial);
 
     // While it runs.
     let further = Held { previous: Some(held.pair.clone()), ..further };
