@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use futures::stream::{BoxStream, StreamExt};
 use proto::backup::{Header, Writer, is_kept};
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::identity::NodeIdentity;
@@ -27,7 +27,7 @@ const WAITING: usize = 4;
 /// A reader that takes nothing for so long is given up.
 const STALLED: Duration = Duration::from_secs(60);
 /// Between two looks whether the node ends.
-const LOOK: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_millis(10);
 
 type Piece = Result<Vec<u8>, StoreError>;
 
@@ -42,10 +42,10 @@ pub(crate) async fn backup(
     };
     node.ready(consistency).await?;
     let (pieces, waiting) = mpsc::channel(WAITING);
-    let (node, runtime) = (node.clone(), Handle::current());
+    let node = node.clone();
     tokio::task::spawn_blocking(move || {
         let _slot = slot;
-        let sending = Sending { node: &node, pieces: &pieces, runtime: &runtime };
+        let sending = Sending { node: &node, pieces: &pieces };
         let sent = node.db().view(|view| {
             let header = header(node.identity(), node.label().borrow().clone(), view)?;
             write(view.all_rows(Table::Data)?, &header, |piece| sending.send(Ok(piece)))
@@ -62,7 +62,6 @@ pub(crate) async fn backup(
 struct Sending<'a> {
     node: &'a Node,
     pieces: &'a mpsc::Sender<Piece>,
-    runtime: &'a Handle,
 }
 
 impl Sending<'_> {
@@ -73,17 +72,20 @@ impl Sending<'_> {
             if self.node.alive().is_err() {
                 return Err(io::Error::other("the node is ending"));
             }
-            let room = async { tokio::time::timeout(LOOK, self.pieces.reserve()).await };
-            match self.runtime.block_on(room) {
-                Ok(Ok(room)) => {
+            // Without the runtime: its timers stand still while its threads wait for the database
+            // that is read here.
+            match self.pieces.try_reserve() {
+                Ok(room) => {
                     room.send(piece);
                     return Ok(());
                 }
-                Ok(Err(_)) => return Err(io::Error::other("the other side hung up")),
-                Err(_) if begin.elapsed() >= STALLED => {
+                Err(TrySendError::Closed(())) => {
+                    return Err(io::Error::other("the other side hung up"));
+                }
+                Err(TrySendError::Full(())) if begin.elapsed() >= STALLED => {
                     return Err(io::Error::other("the other side takes nothing"));
                 }
-                Err(_) => {}
+                Err(TrySendError::Full(())) => std::thread::sleep(LOOK),
             }
         }
     }

@@ -161,13 +161,14 @@ impl Slot {
             });
             slot.end = Some(match computed.unwrap_or_else(|error| Err(Stop::Read(error))) {
                 Ok(checksum) => Checked::Done(checksum),
-                Err(Stop::Read(error)) if !reading.is_closing() => {
+                Err(Stop::Read(error)) if is_damage(&error) && !reading.is_closing() => {
                     let index = slot.index;
                     tracing::error!(index, %error, "THIS NODE'S COPY CANNOT BE READ");
                     Checked::Faulty(format!("its copy cannot be read: {error}"))
                 }
                 Err(Stop::GivenUp(why)) => Checked::Failed(why.to_owned()),
-                Err(Stop::Read(_)) => Checked::Failed(CLOSING.to_owned()),
+                Err(Stop::Read(_)) if reading.is_closing() => Checked::Failed(CLOSING.to_owned()),
+                Err(Stop::Read(error)) => Checked::Failed(format!("it was not read: {error}")),
             });
         }));
         // An error: the database is closed, there was no view to take.
@@ -195,6 +196,17 @@ impl From<io::Error> for Stop {
     fn from(error: io::Error) -> Self {
         Self::Read(error)
     }
+}
+
+/// Whether a failed read says that the copy is damaged. What a machine lacks for a moment (memory,
+/// file descriptors) is nothing to empty a data folder for.
+fn is_damage(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidData || says_damage(&error.to_string())
+}
+
+/// The same of a failure that is only known in words: RocksDB's, and strerror's for `EIO`.
+pub(crate) fn says_damage(failure: &str) -> bool {
+    failure.contains("Corruption") || failure.contains("Input/output error")
 }
 
 const CLOSING: &str = "its database is being closed";
@@ -439,6 +451,17 @@ mod tests {
         let ended = checksums.get(1);
         assert!(
             matches!(&ended, Some(Checked::Faulty(why)) if why.contains("Corruption: a block")),
+            "{ended:?}"
+        );
+        // What passes is no damage.
+        fn starved(_: &View<'_>, _: Between<'_>) -> Result<Checksum, Stop> {
+            Err(Stop::Read(io::Error::other("IO error: Too many open files")))
+        }
+        let slot = checksums.reserve(3).ok_or("no room")?;
+        slot.run(&db, starved).await;
+        let ended = checksums.get(3);
+        assert!(
+            matches!(&ended, Some(Checked::Failed(why)) if why.contains("Too many open files")),
             "{ended:?}"
         );
         db.close();

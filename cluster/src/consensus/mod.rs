@@ -20,10 +20,11 @@ mod types;
 mod suite_tests;
 
 pub(crate) use change::Seen;
-pub(crate) use checksum::{Checked, Checksum};
+pub(crate) use checksum::{Checked, Checksum, says_damage};
 pub(crate) use held::{Held, held, settled};
 pub(crate) use lead::current_metrics;
 pub(crate) use log_store::LogStore;
+pub use network::says_removed;
 pub(crate) use network::{Network, Peers, REMOVED, ask, hello, renew};
 pub(crate) use recent::Look;
 pub use service::RaftService;

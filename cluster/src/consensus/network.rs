@@ -273,8 +273,14 @@ impl Link {
     }
 }
 
+/// Whether a member's answer says that this node was removed from the cluster.
+#[must_use]
+pub fn says_removed(status: &Status) -> bool {
+    status.code() == tonic::Code::PermissionDenied && status.message() == REMOVED
+}
+
 fn note_removal(removed: &tokio::sync::watch::Sender<bool>, status: &Status) {
-    if status.code() == tonic::Code::PermissionDenied && status.message() == REMOVED {
+    if says_removed(status) {
         removed.send_replace(true);
     }
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use crate::StoreError;
-use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead};
+use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
 use crate::machine::{Command, Reply};
 
 /// How long a member that is not known to lead may take to say who does.
@@ -182,7 +182,8 @@ impl Node {
     /// What this member's checksum at a place of the log is.
     pub(crate) fn checked(&self, index: u64) -> Checked {
         if let Some(StoreError::Failed { why }) = &*self.failure.borrow() {
-            return Checked::Faulty(format!("its database failed: {why}"));
+            let why = format!("its database failed: {why}");
+            return if says_damage(&why) { Checked::Faulty(why) } else { Checked::Failed(why) };
         }
         let applied = self.machine.applied().borrow().index;
         self.machine.checksums().get(index).unwrap_or(Checked::Absent { applied })

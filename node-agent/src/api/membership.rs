@@ -226,8 +226,21 @@ impl Membership for MembershipService {
             && let Some(channel) = another(&node)?
         {
             // Once it is no member it could not finish: another node does it.
-            let request = caller.request(message)?;
-            return MembershipClient::new(channel).remove_node(request).await;
+            let mut other = MembershipClient::new(channel);
+            let answer = other.remove_node(caller.request(message.clone())?).await;
+            // The connections of one that is removed are cut, perhaps before the answer: ask again.
+            let answer = match answer {
+                Err(cut) if std::error::Error::source(&cut).is_some() => {
+                    other.remove_node(caller.request(message)?).await
+                }
+                answer => answer,
+            };
+            return match answer {
+                Err(status) if cluster::says_removed(&status) => {
+                    Ok(Response::new(RemoveNodeResponse {}))
+                }
+                answer => answer,
+            };
         }
         node.cluster().remove_node(&wanted).await?;
         tracing::warn!(node = %wanted, user = %caller.user, "removed from the cluster");
