@@ -2,10 +2,14 @@
 //! remedy and leave everything as it was, a node is drained and comes back, a disk runs full. One lab
 //! for all of it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use proto::v1::{ClusterStatus, CreateTokenResponse, HaStatus};
+use proto::v1::{
+    ClusterStatus, CreateTokenResponse, HaStatus, ListCertificatesResponse,
+    RenewCertificatesResponse, Verification,
+};
 use tests::lab::guest::Guest;
 use tests::lab::knock::Caller;
 use tests::lab::scenario::{Stage, play};
@@ -39,6 +43,8 @@ fn an_operator_makes_mistakes_and_nothing_breaks() -> anyhow::Result<()> {
         &[
             ("documents that make no sense are refused", bad_documents),
             ("the configuration is edited as files", the_mounted_tree),
+            ("copies are compared, and a backup holds all", copies_and_a_backup),
+            ("certificates change while VMs move, and are revoked", certificates),
             ("migrations that cannot be are refused", impossible_migrations),
             ("files that are not what they should be are refused, or fail a start", bad_files),
             ("a member cannot join or form once more", joining_again),
@@ -195,6 +201,66 @@ fn bad_documents(stage: &mut Operations) -> anyhow::Result<()> {
     refused(lab, 1, &["vm", "show", "other"], &["other"])?;
     ensure!(state()? == before, "something was left: {before:?}, {:?}", state()?);
     Ok(())
+}
+
+fn copies_and_a_backup(stage: &mut Operations) -> anyhow::Result<()> {
+    let lab = &stage.lab;
+    let verified: Verification = lab.ctl_json(2, &["cluster", "verify"])?;
+    let same = verified.members.iter().filter(|member| member.outcome == "same").count();
+    ensure!(same == 3 && !verified.differs && !verified.faulty, "{verified:?}");
+
+    let file = "/root/lab.hfb";
+    lab.ctl(2, &["cluster", "backup", file])?;
+    let made = lab.sh(2, &format!("stat -c %a {file}; grep -c 'vms/web.toml' {file}"))?;
+    ensure!(made.lines().eq(["600", "1"]), "mode and documents of the backup: {made}");
+    refused(lab, 2, &["cluster", "backup", file], &["already", "--force"])?;
+    // It makes a cluster, but not out of a member.
+    refused(lab, 2, &["cluster", "restore", file, "--yes"], &["already belongs"])?;
+    // It holds the cluster's secrets: root on a node gets it, and no client from afar.
+    refused(lab, 1, &["--context", "own", "cluster", "backup", "/root/far.hfb"], &["root"])?;
+    ensure!(lab.sh(1, "ls /root/far.hfb").is_err(), "a backup from afar");
+    lab.sh(2, &format!("rm {file}")).map(drop)
+}
+
+fn certificates(stage: &mut Operations) -> anyhow::Result<()> {
+    let Operations { lab, web } = stage;
+    let before = lab.await_guest(1, web, BOOT)?;
+    let shown = |lab: &Lab| -> anyhow::Result<BTreeMap<u64, String>> {
+        let list: ListCertificatesResponse = lab.ctl_json(3, &["cluster", "cert", "list"])?;
+        let valid = list.certificates.into_iter();
+        let valid = valid.filter(|one| one.kind == "node" && one.state == "valid");
+        Ok(valid.map(|one| (one.node_id, one.serial)).collect())
+    };
+    let old = shown(lab)?;
+    ensure!(old.len() == 3, "not every node has a certificate: {old:?}");
+    let renewed: RenewCertificatesResponse = lab.ctl_json(1, &["cluster", "cert", "renew"])?;
+    ensure!(renewed.renewed.len() == 3, "{renewed:?}");
+    for one in &renewed.renewed {
+        let serial = one.certificate.as_ref().map(|certificate| &certificate.serial);
+        ensure!(one.error.is_empty() && serial != old.get(&one.node_id), "{one:?}");
+    }
+    wait_until(SHORT, "each node shows another certificate", || {
+        let new = shown(lab)?;
+        Ok(new.len() == 3 && new.iter().all(|(node, serial)| old.get(node) != Some(serial)))
+    })?;
+    // The agents were not restarted, their VMs neither; new connections are made with the new ones.
+    let home = lab.owner(1, &web.name)?;
+    for target in [if home == 2 { 3 } else { 2 }, home] {
+        lab.migrate(1, &web.name, target)?;
+    }
+    let after = lab.await_guest(1, web, BOOT)?;
+    ensure!(after.boot_id == before.boot_id, "the guest was restarted");
+
+    lab.ctl(1, &["context", "create-admin", "ann", "--client-name", "ann"])?;
+    let ann = ["--context", "ann", "vm", "list"];
+    lab.ctl(1, &ann)?;
+    lab.ctl(2, &["cluster", "cert", "revoke", "ann"])?;
+    wait_until(SHORT, "no node takes it any more", || Ok(lab.ctl(1, &ann).is_err()))?;
+    refused(lab, 1, &ann, &["revoked"])?;
+    lab.ctl(1, &["--context", "own", "vm", "list"])?;
+    // What a node works with is not taken from it.
+    let node = shown(lab)?.remove(&2).context("node2 has no certificate")?;
+    refused(lab, 1, &["cluster", "cert", "revoke", &node], &["node2", "renew"])
 }
 
 /// Edited on one node, seen on the others at once; refused with the reason beside the file. The VM

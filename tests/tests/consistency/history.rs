@@ -98,9 +98,16 @@ pub(crate) struct Record {
     pub(crate) trouble: Vec<String>,
 }
 
+/// Whether a key's content is the same in each run of a seed. Serial numbers of certificates are
+/// drawn at random.
+fn is_seeded(key: &str) -> bool {
+    !key.starts_with(proto::keys::CERTIFICATES)
+}
+
 pub(crate) fn state_of(kvs: impl IntoIterator<Item = KeyValue>) -> State {
+    let kvs = kvs.into_iter().filter(|kv| is_seeded(&kv.key));
     let seen = |kv: KeyValue| (kv.key, (kv.value, kv.create_revision.0, kv.mod_revision.0));
-    kvs.into_iter().map(seen).collect()
+    kvs.map(seen).collect()
 }
 
 pub(crate) fn change_of(batch: WatchBatch) -> (u64, Change) {
@@ -108,7 +115,8 @@ pub(crate) fn change_of(batch: WatchBatch) -> (u64, Change) {
     for event in batch.events {
         match event {
             WatchEvent::Put(kv) => change.puts.extend(state_of([kv])),
-            WatchEvent::Deleted { key } => change.deletes.push(key),
+            WatchEvent::Deleted { key } if is_seeded(&key) => change.deletes.push(key),
+            WatchEvent::Deleted { .. } => {}
         }
     }
     (batch.revision.0, change)
