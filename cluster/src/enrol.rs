@@ -142,7 +142,9 @@ fn key(folder: &Path) -> Result<(String, String), JoinError> {
 
 /// The node is a member: its key is kept with its identity now.
 pub(crate) fn forget_key(folder: &Path) {
-    if let Err(error) = std::fs::remove_file(folder.join(KEY)) {
+    if let Err(error) = std::fs::remove_file(folder.join(KEY))
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
         tracing::warn!(%error, "{KEY} could not be removed");
     }
 }

@@ -288,6 +288,11 @@ async fn admit(
             if !expired && used.key_hash == key_hash && used.node_name == name.as_str() {
                 return Ok(NodeId(used.node_id));
             }
+            if expired && used.node_name == name.as_str() {
+                return Err(Status::permission_denied(format!(
+                    "the join token was used for node `{name}`, and its time is over; remove that node (`clusterctl cluster remove {name}`), make a new token with `clusterctl cluster token create` and join with that"
+                )));
+            }
             return Err(Status::permission_denied(format!(
                 "the join token was used already, by node `{}`; each node needs a token of its own: make one with `clusterctl cluster token create`",
                 used.node_name

@@ -65,6 +65,8 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
             busy: AsyncMutex::new(()),
         }));
     };
+    // Of an attempt to join that came before: it must not excuse an identity that is lost some day.
+    crate::enrol::forget_key(folder);
     if !folder.join("db").exists() {
         return Err(OpenError::Unusable {
             path: folder.join("db"),
@@ -136,6 +138,7 @@ impl Uninitialized {
             self.give_back(&node).await;
             return Err(error);
         }
+        crate::enrol::forget_key(&self.config.data_dir);
         Ok(Cluster::new(node))
     }
 

@@ -69,7 +69,7 @@ pub enum RecoverError {
     NoMember(PathBuf),
     /// Others are up, or are not known to be gone.
     #[error(
-        "not all others of the old cluster are gone: {}. Nothing was changed: recovering makes sense only where all others are lost. Start this node's agent and see `clusterctl cluster status`; if the others are too few for a quorum and cannot be brought back, stop their agents, and whatever else listens at these addresses, then try again", others::list(.0)
+        "not all others of the old cluster are gone: {}. Nothing was changed: recovering makes sense only where all others are lost. Start this node's agent and see `clusterctl cluster status`; if the others are too few for a quorum and cannot be brought back, power their machines off (VMs outlive an agent), and end whatever else is at these addresses, then try again", others::list(.0)
     )]
     Answers(Vec<Heard>),
     /// Where the old cluster's files are to go.
@@ -225,7 +225,8 @@ impl Survivor {
             return Err(RecoverError::Kept(kept));
         }
         // A person may have thought about it for long.
-        nobody_answers(&self.config, &self.identity, &self.survey.dropped).await?;
+        look_again(&self.config, &self.identity, &self.survey).await?;
+        let mut left = Unfinished(Some(folder.clone()));
         let (file, own) = self.export().await?;
         let checked = Checked::read(file, Some(own)).await?;
         let made = folder.join(RECOVERED);
@@ -253,7 +254,8 @@ impl Survivor {
         cluster.shutdown().await;
         // Read to its end, which took a while.
         drop(self.db);
-        nobody_answers(&asking, &self.identity, &self.survey.dropped).await?;
+        look_again(&asking, &self.identity, &self.survey).await?;
+        left.0 = None;
         swap(&folder, &recovered.kept).map_err(failed(UNFINISHED))?;
         Ok(recovered)
     }
@@ -286,6 +288,40 @@ impl Survivor {
         });
         let written = writing.await.map_err(io::Error::other).and_then(|written| written);
         written.map_err(failed(format!("cannot write {shown}")))
+    }
+}
+
+/// Asks once more. Who has come since is not gone, and whose machine was switched on since may be
+/// there in a moment.
+async fn look_again(
+    config: &ClusterConfig,
+    identity: &Identity,
+    survey: &Survey,
+) -> Result<(), RecoverError> {
+    let powered = nobody_answers(config, identity, &survey.dropped).await?;
+    let came = survey.dropped.iter().filter(|member| {
+        powered.contains(&member.node_id) && !survey.powered.contains(&member.node_id)
+    });
+    let came: Vec<Heard> = came
+        .map(|member| Heard {
+            name: member.name.clone(),
+            address: member.api_address.clone(),
+            seen: "its machine was switched on meanwhile".to_owned(),
+        })
+        .collect();
+    if came.is_empty() { Ok(()) } else { Err(RecoverError::Answers(came)) }
+}
+
+/// What a recovery has written before it exchanges files. It is removed where it does not come to
+/// that: a cluster that was made and never used must not be found by a later one.
+struct Unfinished(Option<PathBuf>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(folder) = self.0.take() {
+            let _ = fs::remove_dir_all(folder.join(RECOVERED));
+            let _ = remove(&folder.join(BACKUP));
+        }
     }
 }
 
@@ -346,7 +382,12 @@ const UNFINISHED: &str = "the files cannot be exchanged; once the cause is gone,
 
 /// Whether a recovery was interrupted while files were exchanged.
 pub(crate) fn is_interrupted(folder: &Path) -> bool {
-    !folder.join(PARTS[0]).exists() && folder.join(RECOVERED).join(PARTS[0]).exists()
+    // The first thing that an exchange does is to make the folder for the old files.
+    let begun = || {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(KEPT))
+    };
+    !folder.join(PARTS[0]).exists() && folder.join(RECOVERED).join(PARTS[0]).exists() && begun()
 }
 
 /// Does the rest of a recovery that was interrupted while files were exchanged; where the old
@@ -471,6 +512,9 @@ mod tests {
     #[test]
     fn files_are_exchanged() -> io::Result<()> {
         let folder = folder()?;
+        fs::rename(folder.path().join(PARTS[0]), folder.path().join("aside"))?;
+        assert!(!is_interrupted(folder.path()), "an identity that is lost is no recovery");
+        fs::rename(folder.path().join("aside"), folder.path().join(PARTS[0]))?;
         let kept = folder.path().join("before-recover-c1");
         assert!(!is_interrupted(folder.path()), "nothing was moved yet");
         swap(folder.path(), &kept)?;

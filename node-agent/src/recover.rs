@@ -78,6 +78,11 @@ fn described(survey: &Survey) -> String {
     if dropped.is_empty() {
         dropped.push_str("  nobody: this node was alone\n");
     }
+    let own = if survey.lost_tail {
+        "so do this node's own VMs: what is lost may have given them away."
+    } else {
+        "this node's own VMs without HA go on."
+    };
     let _ = write!(
         text,
         "dropped members:\n{dropped}\n\
@@ -86,7 +91,7 @@ fn described(survey: &Survey) -> String {
          anew: the new cluster cannot see what runs there, and two VMs on one disk destroy it.\n\
          This node becomes the first of a new cluster, with a new id and a new CA. VMs of the dropped\n\
          members, HA VMs and VMs that were migrating or changed hands last come back stopped, for a\n\
-         person to start; this node's own VMs without HA go on."
+         person to start; {own}"
     );
     text
 }
@@ -159,10 +164,11 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(!text.contains("POWER LOSS"), "{text}");
+        assert!(!text.contains("POWER LOSS") && text.contains("without HA go on"), "{text}");
         assert_eq!(word(&survey), "prod/n3");
         let alone = Survey { dropped: Vec::new(), lost_tail: true, ..survey };
         let text = described(&alone);
         assert!(text.contains("nobody") && text.contains("POWER LOSS"), "{text}");
+        assert!(text.contains("so do this node's own VMs"), "{text}");
     }
 }

@@ -1,7 +1,8 @@
 //! Whether anybody else of a cluster is there, before its survivor is recovered.
 //!
-//! Gone is only who is silent: a connection that is refused or leads nowhere. Whatever else comes
-//! is somebody, whether or not this node's certificate is good there, or the other's here: a
+//! Gone is only who is silent: a connection that leads nowhere. One that is refused says that the
+//! machine is on, without an agent: that is told to the person who decides. Whatever else comes is
+//! somebody, whether or not this node's certificate is good there, or the other's here: a
 //! certificate that has expired or was revoked says nothing of who lives.
 
 use std::io;
@@ -23,6 +24,8 @@ use crate::{ClusterConfig, Member, OpenError};
 /// How long members may take to answer; one that is silent is tried again meanwhile.
 const ANSWER: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(500);
+/// Sooner, no neighbour was looked for.
+const AT_ONCE: Duration = Duration::from_millis(500);
 
 /// A member that is not known to be gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,7 +99,7 @@ async fn heard(
         Reach::Silent => return Found::Nothing,
         Reach::Refused => return Found::Refusal,
         Reach::Unknown(error) => format!(
-            "it cannot be asked: {error}; where a name is not found, put it into /etc/hosts"
+            "it cannot be asked: {error}; where there is no route, this node may be the one that is cut off; where a name is not found, put it into /etc/hosts"
         ),
         Reach::Listens => match peers.shared(member.node_id.0, address) {
             Some(channel) => said(channel, removed).await,
@@ -128,6 +131,17 @@ enum Reach {
     Unknown(io::Error),
 }
 
+impl Reach {
+    fn weight(&self) -> u8 {
+        match self {
+            Self::Silent => 0,
+            Self::Unknown(_) => 1,
+            Self::Refused => 2,
+            Self::Listens => 3,
+        }
+    }
+}
+
 /// Tries for a while: an agent that is just being restarted is there.
 async fn reach(host: &dyn Host, address: &str) -> Reach {
     // By itself: that a name server is silent does not say that the member is.
@@ -138,26 +152,36 @@ async fn reach(host: &dyn Host, address: &str) -> Reach {
             Err(_) => return Reach::Unknown(io::Error::other("its name is not resolved in time")),
         }
     }
-    let until = Instant::now() + ANSWER;
+    let (until, mut best) = (Instant::now() + ANSWER, Reach::Silent);
     loop {
+        let begun = Instant::now();
         let found = match tokio::time::timeout_at(until, host.dial(address)).await {
             Err(_) => Reach::Silent,
             Ok(Ok(_)) => Reach::Listens,
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Reach::Refused,
-            Ok(Err(error)) if is_silence(&error) => Reach::Silent,
+            Ok(Err(error)) if is_silence(&error, begun.elapsed()) => Reach::Silent,
             Ok(Err(error)) => Reach::Unknown(error),
         };
-        if matches!(found, Reach::Listens) || Instant::now() + PAUSE >= until {
-            return found;
+        // What says most counts: a machine that refused once is on.
+        if found.weight() >= best.weight() {
+            best = found;
+        }
+        if matches!(best, Reach::Listens) || Instant::now() + PAUSE >= until {
+            return best;
         }
         tokio::time::sleep(PAUSE).await;
     }
 }
 
-/// Whether a connection failed as it does where nobody is. Not where there is no route: then nothing
-/// left this machine, and it is perhaps the one that is cut off.
-fn is_silence(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::HostUnreachable | io::ErrorKind::TimedOut)
+/// Whether a connection failed, after so long, as it does where nobody is. Not where there is no
+/// route: then nothing left this machine, and it is perhaps the one that is cut off. That a host is
+/// unreachable takes its neighbours seconds to find (ARP); a router or a firewall says so at once.
+fn is_silence(error: &io::Error, after: Duration) -> bool {
+    match error.kind() {
+        io::ErrorKind::TimedOut => true,
+        io::ErrorKind::HostUnreachable => after >= AT_ONCE,
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -274,7 +298,7 @@ mod tests {
             assert!(heard[place].seen.contains(words), "{:?}", heard[place]);
         }
         let text = RecoverError::Answers(heard).to_string();
-        for words in ["n2 (127.0.0.1:", "Nothing was changed", "stop their agents"] {
+        for words in ["n2 (127.0.0.1:", "Nothing was changed", "power their machines off"] {
             assert!(text.contains(words), "{words}: {text}");
         }
         // This node's own certificate may be as old as it likes, too.
@@ -296,8 +320,10 @@ mod tests {
     #[test]
     fn only_connections_that_lead_nowhere_are_silence() {
         use io::ErrorKind;
-        let of = |kind: ErrorKind| is_silence(&kind.into());
+        let of = |kind: ErrorKind| is_silence(&kind.into(), Duration::from_secs(1));
         assert!([ErrorKind::HostUnreachable, ErrorKind::TimedOut].into_iter().all(of));
+        let at_once = is_silence(&ErrorKind::HostUnreachable.into(), Duration::from_millis(1));
+        assert!(!at_once, "a router or a firewall said it");
         // Somebody there ended it; or it never left this machine.
         let doubt = [
             ErrorKind::ConnectionReset,
