@@ -62,6 +62,9 @@ async fn follow_raft(node: Arc<Node>) {
 
 async fn wait_for_recovery(node: Arc<Node>) {
     if !*node.recovered.borrow() && lead::recovered(node.raft.clone()).await {
+        if let Err(error) = node.db.tail_is_back() {
+            tracing::warn!(%error, "that this node has caught up after a power loss is not noted");
+        }
         node.recovered.send_replace(true);
     }
 }

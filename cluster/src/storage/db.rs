@@ -259,6 +259,11 @@ impl Db {
         }
     }
 
+    /// What a power loss may have taken of the log's end is known to be here again.
+    pub(crate) fn tail_is_back(&self) -> io::Result<()> {
+        self.with(|open| open.rocks.delete(b"lost").map_err(io_error))
+    }
+
     /// Removes rows of states that are not current.
     pub(crate) fn drop_other_states(&self) -> io::Result<()> {
         self.write(|batch| {
@@ -332,6 +337,10 @@ fn begin(rocks: &DB, folder: &Path, boot: String, new: bool) -> Result<bool, Ope
         rocks.put(b"format", FORMAT).map_err(fail)?;
     }
     let lost_tail = look(rocks, folder, &boot)?;
+    if lost_tail {
+        // It stays lost over an orderly end, until the cluster has given it back.
+        rocks.put(b"lost", b"1").map_err(fail)?;
+    }
     rocks.delete(b"closed").map_err(fail)?;
     rocks.put(b"boot", boot).map_err(fail)?;
     rocks.flush_wal(true).map_err(fail)?;
@@ -363,7 +372,8 @@ pub(super) fn look(rocks: &DB, folder: &Path, boot: &str) -> Result<bool, OpenEr
     let closed = rocks.get(b"closed").map_err(fail)?.is_some();
     let last_boot = rocks.get(b"boot").map_err(fail)?;
     let same_boot = last_boot.as_ref().is_none_or(|last| last == boot.as_bytes());
-    Ok(!closed && !same_boot)
+    let lost = rocks.get(b"lost").map_err(fail)?.is_some();
+    Ok(lost || (!closed && !same_boot))
 }
 
 pub(super) fn open_error(folder: &Path, error: &io::Error) -> OpenError {

@@ -102,6 +102,13 @@ mod tests {
         let db = Db::open(path, FolderLock::take(path)?, Arc::new(Boot("two")))?;
         assert!(db.lost_tail);
         db.close();
+        drop(db);
+        assert!(Frozen::open(path, "two")?.lost_tail, "it was closed, and has heard nothing yet");
+        let db = Db::open(path, FolderLock::take(path)?, Arc::new(Boot("two")))?;
+        assert!(db.lost_tail);
+        db.tail_is_back()?;
+        db.close();
+        drop(db);
         assert!(!Frozen::open(path, "three")?.lost_tail, "it was closed");
         let none = tempfile::tempdir()?;
         assert!(Frozen::open(none.path(), "one").is_err());
