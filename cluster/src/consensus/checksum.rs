@@ -206,7 +206,8 @@ fn is_damage(error: &io::Error) -> bool {
 
 /// The same of a failure that is only known in words: RocksDB's, and strerror's for `EIO`.
 pub(crate) fn says_damage(failure: &str) -> bool {
-    failure.contains("Corruption") || failure.contains("Input/output error")
+    let signs = ["Corruption", "damaged row", "Input/output error", "No such file"];
+    signs.iter().any(|sign| failure.contains(sign))
 }
 
 const CLOSING: &str = "its database is being closed";

@@ -148,6 +148,15 @@ impl Node {
                         why: format!("{why}; then there was no space for it any more"),
                     });
                 }
+                refusal @ (Forwarded::Refused(_)
+                | Forwarded::QuorumAtRisk { .. }
+                | Forwarded::LastNode)
+                    if perhaps_done =>
+                {
+                    return Err(StoreError::UnknownOutcome {
+                        why: format!("{why}; asked again, it was refused ({refusal:?})"),
+                    });
+                }
                 answer => return Ok(answer),
             }
             let left = deadline.saturating_duration_since(Instant::now());
