@@ -12,10 +12,13 @@ use tests::lab::scenario::{Stage, play};
 use tests::lab::{Lab, Options, wait_until};
 
 const BOOT: Duration = Duration::from_secs(120);
+/// A node with a hardware watchdog (i6300esb), and the one that has only the kernel's.
+const HARDWARE_WATCHDOG: u32 = 2;
+const SOFTDOG: u32 = 3;
 
 #[test]
 fn ha_vms_come_back_elsewhere_and_never_twice() -> anyhow::Result<()> {
-    let lab = Lab::cluster(&Options::patient(3))?;
+    let lab = Lab::cluster(&Options { softdog: vec![SOFTDOG], ..Options::patient(3) })?;
     let web = Guest::new("web", 100);
     lab.create_guest(1, &web, None)?;
     let status = lab.await_guest(1, &web, BOOT)?;
@@ -25,7 +28,12 @@ fn ha_vms_come_back_elsewhere_and_never_twice() -> anyhow::Result<()> {
         &[
             ("a killed agent finds its VM again", a_killed_agent_finds_its_vm_again),
             ("a partitioned owner stops its VM before another node starts it", a_partition),
-            ("a hung agent costs its node the VM", a_hung_agent),
+            ("a hung agent costs its node the VM", |stage| {
+                a_hung_agent(stage, HARDWARE_WATCHDOG, "i6300ESB timer")
+            }),
+            ("softdog resets a node with a hung agent", |stage| {
+                a_hung_agent(stage, SOFTDOG, "Software Watchdog")
+            }),
             ("a hung node is reset or writes nothing more", a_hung_node),
             ("a power cut of the owner moves its VM", a_power_cut_of_the_owner),
             ("a power cut of the leader moves its VM", a_power_cut_of_the_leader),
@@ -80,6 +88,21 @@ impl Failover {
             owner = target;
         }
         Ok(Roles { owner, watcher: if on_leader { other(leader)? } else { leader } })
+    }
+
+    /// The guest is on a node of our choice, which does not lead; both are moved if need be.
+    fn owned_by(&self, owner: u32) -> anyhow::Result<Roles> {
+        let Self { lab, web, .. } = self;
+        let others = || lab.numbers().into_iter().filter(|number| *number != owner);
+        let watcher = others().next().context("a cluster of one")?;
+        if lab.leader(watcher)? == owner {
+            lab.ctl(watcher, &["cluster", "transfer-leader", &format!("node{watcher}")])?;
+            wait_until(BOOT, "another node leads", || Ok(lab.leader(watcher)? == watcher))?;
+        }
+        if lab.owner(watcher, &web.name)? != owner {
+            lab.migrate(watcher, &web.name, owner)?;
+        }
+        Ok(Roles { owner, watcher })
     }
 
     /// Waits until the guest runs on another node, booted anew.
@@ -172,8 +195,10 @@ fn a_partition(stage: &mut Failover) -> anyhow::Result<()> {
     stage.check_handover(roles.watcher, watch)
 }
 
-fn a_hung_agent(stage: &mut Failover) -> anyhow::Result<()> {
-    let roles = stage.roles(false)?;
+fn a_hung_agent(stage: &mut Failover, node: u32, watchdog: &str) -> anyhow::Result<()> {
+    let roles = stage.owned_by(node)?;
+    let identity = stage.lab.sh(node, "cat /sys/class/watchdog/watchdog0/identity")?;
+    ensure!(identity.trim() == watchdog, "node{node}'s watchdog is {identity}");
     let watch = stage.watch(roles)?;
     let machine = stage.machine_boot(roles.owner)?;
     stage.lab.hang_agent(roles.owner)?;

@@ -32,4 +32,19 @@ pub struct Status {
     pub last_record: u64,
     /// Why no more records are written; empty: all is well or there is no disk.
     pub disk_error: String,
+    /// Its second disk, if it has one.
+    pub second_disk: Option<SecondDisk>,
+}
+
+/// The guest's second disk, as it finds it at its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecondDisk {
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// CRC-32 of all of it, read past the page cache.
+    pub crc: u32,
+    /// Whether the kernel calls it read-only.
+    pub readonly: bool,
+    /// Why it cannot be opened for writing; empty: it can.
+    pub write_error: String,
 }

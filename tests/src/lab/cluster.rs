@@ -172,6 +172,15 @@ impl Lab {
         self.import("vmlinux", "kernel")
     }
 
+    /// Imports a disk image with this content.
+    ///
+    /// # Errors
+    /// If a step fails.
+    pub fn import_disk(&self, name: &str, content: &[u8]) -> anyhow::Result<()> {
+        std::fs::write(self.shared().join("import").join(name), content)?;
+        self.import(name, "disk")
+    }
+
     fn import(&self, name: &str, kind: &str) -> anyhow::Result<()> {
         let file = format!("/shared/import/{name}");
         let import = ["image", "import", &file, "--pool", "shared", "--name", name, "--kind", kind];

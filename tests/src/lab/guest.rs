@@ -30,6 +30,8 @@ pub struct Guest {
     pub host: Option<u8>,
     /// Whether it has a disk for its records.
     pub disk: bool,
+    /// An imported image that it has as a second disk, read-only.
+    pub second_disk: Option<&'static str>,
     /// Memory that it keeps checking, MiB.
     pub checked_mib: u32,
 }
@@ -47,6 +49,7 @@ impl Guest {
             ha: true,
             host: Some(host),
             disk: true,
+            second_disk: None,
             checked_mib: 24,
         }
     }
@@ -73,6 +76,9 @@ impl Guest {
         if self.disk {
             devices
                 .push_str(&format!("[[disks]]\nimage = \"shared/{name}.raw\"\nsize = \"16MiB\"\n"));
+        }
+        if let Some(image) = self.second_disk {
+            devices.push_str(&format!("[[disks]]\nimage = \"shared/{image}\"\nreadonly = true\n"));
         }
         format!(
             "name = \"{name}\"\ncpus = {cpus}\nmemory = \"{memory_mib}MiB\"\n\

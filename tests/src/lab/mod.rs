@@ -51,6 +51,8 @@ pub struct Options {
     pub cpus: u32,
     /// Memory of a node, MiB.
     pub memory_mib: u32,
+    /// The nodes without a hardware watchdog: they have softdog.
+    pub softdog: Vec<u32>,
     /// Whether the nodes run an agent.
     pub agent: bool,
     /// The node lease, milliseconds.
@@ -77,7 +79,16 @@ impl Options {
     pub fn temporary(nodes: u32) -> Self {
         let folder = state::cache().join(format!("labs/{}", std::process::id()));
         let lifetime = Lifetime::WithUs;
-        Self { folder, nodes, cpus: 1, memory_mib: 1536, agent: true, lease_ms: LEASE_MS, lifetime }
+        Self {
+            folder,
+            nodes,
+            cpus: 1,
+            memory_mib: 1536,
+            softdog: Vec::new(),
+            agent: true,
+            lease_ms: LEASE_MS,
+            lifetime,
+        }
     }
 }
 

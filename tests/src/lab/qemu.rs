@@ -67,6 +67,8 @@ pub fn power_on(
     let log = |name: &str| OpenOptions::new().append(true).create(true).open(own.join(name));
     writeln!(log("console.log")?, "--- power on")?;
     writeln!(log("agent.log")?, "--- power on")?;
+    let watchdog: &[&str] =
+        if node.softdog { &[] } else { &["-device", "i6300esb", "-action", "watchdog=reset"] };
     let mut command = Command::new("qemu-system-x86_64");
     command
         .current_dir(&own)
@@ -91,7 +93,7 @@ pub fn power_on(
             "chardev:console",
         ])
         .args(["-qmp", "unix:qmp.sock,server=on,wait=off"])
-        .args(["-device", "i6300esb", "-action", "watchdog=reset"])
+        .args(watchdog)
         // Whether it was the watchdog or the CPU itself (a triple fault), should the node restart.
         .args(["-d", "cpu_reset", "-D", "resets.log"])
         .args(["-device", "virtio-rng-pci"])

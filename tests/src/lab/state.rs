@@ -53,6 +53,8 @@ pub struct State {
 pub struct NodeState {
     /// Its number, from 1; its name is `nodeN`.
     pub number: u32,
+    /// Whether it has no hardware watchdog, and loads softdog.
+    pub softdog: bool,
     /// Its QEMU, or its agent; `None`: powered off.
     pub process: Option<ProcessId>,
     /// Where the host reaches its `lab-node serve`.

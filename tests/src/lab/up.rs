@@ -35,7 +35,7 @@ impl Lab {
             lifetime: options.lifetime,
             _lock: Some(lock),
         };
-        match lab.start(options.nodes, say) {
+        match lab.start(options, say) {
             Ok(()) => Ok(lab),
             Err(error) => {
                 lab.lifetime = Lifetime::WithUs; // so that it is taken down whole
@@ -73,7 +73,8 @@ impl Lab {
                 bail!("no free ports on the loopback address");
             };
             let id = loopback::start(&lab.folder, number, api, enrol, options.lifetime)?;
-            lab.state.nodes.push(NodeState { number, process: Some(id), exec: enrol, api });
+            let node = NodeState { number, softdog: false, process: Some(id), exec: enrol, api };
+            lab.state.nodes.push(node);
             lab.save()?;
         }
         for number in 1..=options.nodes {
@@ -84,7 +85,8 @@ impl Lab {
         Ok(lab)
     }
 
-    fn start(&mut self, nodes: u32, say: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
+    fn start(&mut self, options: &Options, say: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
+        let nodes = options.nodes;
         let started = Instant::now();
         say(&format!("{}", host::Accel::detect()));
         let boot = assets::node_image()?;
@@ -105,7 +107,8 @@ impl Lab {
             let (Some(exec), Some(api)) = (ports.next(), ports.next()) else {
                 bail!("no free ports on the loopback address");
             };
-            self.state.nodes.push(NodeState { number, process: None, exec, api });
+            let softdog = options.softdog.contains(&number);
+            self.state.nodes.push(NodeState { number, softdog, process: None, exec, api });
         }
         self.write_node_files()?;
         for number in 1..=nodes {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use tests::guest::client::SecondDisk;
 use tests::lab::guest::Guest;
 use tests::lab::scenario::{Stage, play};
 use tests::lab::{Lab, Options};
@@ -20,8 +21,8 @@ fn guests_of_several_shapes_run_on_one_node() -> anyhow::Result<()> {
         &mut stage,
         &[
             (
-                "guests with one and four CPUs, a bzImage and PVH, and the power button",
-                one_and_four_cpus,
+                "guests with one, four and eight CPUs, a bzImage and PVH, two disks, the power button",
+                one_to_eight_cpus,
             ),
             ("eight small VMs", eight_small_vms),
             ("VM processes are confined", |stage| confinement::check(&stage.lab)),
@@ -46,15 +47,35 @@ impl Stage for OneNode {
     }
 }
 
-fn one_and_four_cpus(stage: &mut OneNode) -> anyhow::Result<()> {
+fn one_to_eight_cpus(stage: &mut OneNode) -> anyhow::Result<()> {
     let OneNode { lab } = stage;
     lab.import_unpacked_kernel()?;
-    for (cpus, kernel) in [(1, "vmlinuz"), (4, "vmlinux")] {
+    let content: Vec<u8> =
+        (0..1_u32 << 17).flat_map(|n| n.wrapping_mul(n | 1).to_le_bytes()).collect();
+    lab.import_disk("second.raw", &content)?;
+    let written = SecondDisk {
+        bytes: content.len().try_into()?,
+        crc: crc32fast::hash(&content),
+        readonly: true,
+        write_error: String::new(),
+    };
+    for (cpus, kernel, second_disk) in
+        [(1, "vmlinuz", None), (4, "vmlinux", None), (8, "vmlinuz", Some("second.raw"))]
+    {
         let name = format!("cpus{cpus}");
-        let guest = Guest { cpus, kernel, ha: false, ..Guest::new(&name, 100) };
+        let guest = Guest { cpus, kernel, second_disk, ha: false, ..Guest::new(&name, 100) };
         lab.create_guest(1, &guest, None)?;
-        let seen = lab.await_guest(1, &guest, BOOT)?.cpus;
-        ensure!(seen == u64::from(cpus), "it sees {seen} CPUs of {cpus}");
+        let status = lab.await_guest(1, &guest, BOOT)?;
+        ensure!(status.cpus == u64::from(cpus), "it sees {} CPUs of {cpus}", status.cpus);
+        let found = status.second_disk;
+        ensure!(found.is_some() == second_disk.is_some(), "its second disk: {found:?}");
+        if let Some(found) = found {
+            ensure!(found.write_error.contains("not permitted"), "it can be written: {found:?}");
+            ensure!(
+                SecondDisk { write_error: String::new(), ..found.clone() } == written,
+                "{found:?}"
+            );
+        }
         lab.ctl(1, &["vm", "shutdown", &guest.name])?;
         let phase = lab.vm(1, &guest.name)?.phase;
         ensure!(phase == "stopped", "it is {phase}");

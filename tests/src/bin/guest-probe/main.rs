@@ -8,6 +8,7 @@
 mod button;
 mod memory;
 mod records;
+mod second;
 mod server;
 
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use tests::guest::client::Status;
+use tests::guest::client::{SecondDisk, Status};
 
 /// What the threads know of each other.
 #[derive(Debug, Default)]
@@ -24,6 +25,7 @@ pub(crate) struct Shared {
     memory_errors: AtomicU64,
     last_record: AtomicU64,
     disk_error: Mutex<String>,
+    second_disk: Option<SecondDisk>,
 }
 
 impl Shared {
@@ -42,12 +44,17 @@ impl Shared {
             memory_errors: self.memory_errors.load(Ordering::Relaxed),
             last_record: self.last_record.load(Ordering::Relaxed),
             disk_error: self.disk_error.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            second_disk: self.second_disk.clone(),
         }
     }
 }
 
 fn main() -> std::io::Result<()> {
-    let shared = Arc::new(Shared::default());
+    let second_disk = second::look().unwrap_or_else(|error| {
+        eprintln!("guest-probe: the second disk: {error}");
+        None
+    });
+    let shared = Arc::new(Shared { second_disk, ..Shared::default() });
     let memory_mib = setting("probe.memory-mib", 64);
     let rate_mib_s = setting("probe.memory-rate", 4);
     let record_ms = setting("probe.record-ms", 100);

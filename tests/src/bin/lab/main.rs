@@ -142,6 +142,7 @@ fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
                 nodes,
                 cpus,
                 memory_mib: memory,
+                softdog: Vec::new(),
                 agent: !bare,
                 lease_ms: tests::lab::LEASE_MS,
                 lifetime: Lifetime::Detached,
