@@ -85,7 +85,7 @@ pub(super) fn remember<R: Read>(
     row.last_index = index;
     row.count += 1;
     if row.count > ANSWERS_MAX {
-        row.floor = row.floor.max(drop_oldest(state, client)?);
+        row.floor = row.floor.max(drop_oldest(state, client, row.floor)?);
         row.count -= 1;
     }
     state.put(Table::Dedup, &client_key(client), encode(&row)?);
@@ -93,10 +93,12 @@ pub(super) fn remember<R: Read>(
     if is_new { count_client(state) } else { Ok(()) }
 }
 
-/// Removes a client's lowest outcome; answers its sequence.
-fn drop_oldest<R: Read>(state: &mut Overlay<'_, R>, client: &str) -> io::Result<u64> {
+/// Removes a client's lowest outcome; answers its sequence. There is none at or below the floor, but
+/// for the database the traces of all that were removed there, which a search would go through.
+fn drop_oldest<R: Read>(state: &mut Overlay<'_, R>, client: &str, floor: u64) -> io::Result<u64> {
     let prefix = answers_prefix(client);
-    let oldest = state.scan(Table::Dedup, &prefix, prefix_end(&prefix).as_deref(), 1)?;
+    let from = answer_key(client, floor);
+    let oldest = state.scan(Table::Dedup, &from, prefix_end(&prefix).as_deref(), 1)?;
     let Some((key, _)) = oldest.into_iter().next() else { return Ok(0) };
     state.delete(Table::Dedup, &key);
     let sequence = key.get(prefix.len()..).and_then(|tail| <[u8; 8]>::try_from(tail).ok());

@@ -440,7 +440,7 @@ impl<'a> View<'a> {
         table: Table,
         from: &[u8],
     ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
-        self.rows_with(table, from, ReadOptions::default())
+        self.rows_with(table, from, None, ReadOptions::default())
     }
 
     /// All rows of a table, past the cache: reading everything once does not push out what is
@@ -451,18 +451,23 @@ impl<'a> View<'a> {
     ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
         let mut options = ReadOptions::default();
         options.fill_cache(false);
-        self.rows_with(table, b"", options)
+        self.rows_with(table, b"", None, options)
     }
 
     fn rows_with(
         &self,
         table: Table,
         from: &[u8],
+        to: Option<&[u8]>,
         mut options: ReadOptions,
     ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
         let state = self.state.to_be_bytes();
         let start = [state.as_slice(), from].concat();
-        options.set_iterate_upper_bound(next(self.state)?.to_be_bytes());
+        // The database itself looks no further: there may be many removed rows on the way.
+        options.set_iterate_upper_bound(match to {
+            Some(to) => [state.as_slice(), to].concat(),
+            None => next(self.state)?.to_be_bytes().to_vec(),
+        });
         let rows = self.snapshot.iterator_cf_opt(
             handle(self.rocks, Cf::Table(table))?,
             options,
@@ -488,11 +493,8 @@ impl Read for View<'_> {
         limit: usize,
     ) -> io::Result<Vec<machine::Row>> {
         let mut found = Vec::new();
-        for row in self.rows(table, from)?.take(limit) {
+        for row in self.rows_with(table, from, to, ReadOptions::default())?.take(limit) {
             let (key, value) = row?;
-            if to.is_some_and(|to| key.as_slice() >= to) {
-                break;
-            }
             found.push((key, value.into_vec()));
         }
         Ok(found)

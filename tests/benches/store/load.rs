@@ -56,11 +56,15 @@ fn value(number: usize) -> Vec<u8> {
 pub(crate) async fn measure<M: Members>(members: &mut M, size: Size) -> anyhow::Result<Figures> {
     let leader = members.leader().await?;
     let one = single(members, leader, size.single).await?;
+    eprintln!("  one client: a put takes {:.2} ms (median)", ms(one.percentile(50)));
     let before = written(members)?;
     let puts = together(members, size.keys, Action::Put).await?;
     let disk_bytes = written(members)?.saturating_sub(before);
+    eprintln!("  {CLIENTS} clients: {:.0} puts/s", puts.per_s());
     let reads = together(members, size.reads, Action::Get { keys: size.keys }).await?;
+    eprintln!("  {CLIENTS} clients: {:.0} linearizable reads/s", reads.per_s());
     let watched = watch(members, leader, size.watched).await?;
+    eprintln!("  a watch hears after {:.2} ms (p99)", ms(watched.percentile(99)));
     let resident = members.processes().iter().map(Process::resident_bytes);
     let resident: u64 = resident.sum::<anyhow::Result<u64>>()?;
     let follower = (leader + 1) % members.processes().len();
