@@ -123,3 +123,47 @@ fn count_client<R: Read>(state: &mut Overlay<'_, R>) -> io::Result<()> {
     state.delete(Table::Dedup, &client_key(&client));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::model_tests::Rows;
+    use super::*;
+
+    fn remembered(rows: &mut Rows, index: u64, sequence: u64) -> io::Result<()> {
+        let mut state = Overlay::new(&*rows);
+        assert_eq!(look_up(&state, "ann", sequence)?, Known::New);
+        remember(&mut state, index, "ann", sequence, Some(index))?;
+        for (row, value) in state.into_changes() {
+            match value {
+                Some(value) => drop(rows.0.insert(row, value)),
+                None => drop(rows.0.remove(&row)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Requests overtake each other: 2, 1, 4, 3, and so on.
+    #[test]
+    fn a_clients_oldest_outcomes_go_and_are_said_to_be_forgotten() -> io::Result<()> {
+        let (mut rows, total) = (Rows::default(), 3 * ANSWERS_MAX);
+        for index in 1..=total {
+            let sequence = if index % 2 == 1 { index + 1 } else { index - 1 };
+            remembered(&mut rows, index, sequence)?;
+            let prefix = answers_prefix("ann");
+            let kept =
+                rows.scan(Table::Dedup, &prefix, prefix_end(&prefix).as_deref(), usize::MAX)?;
+            assert_eq!(kept.len() as u64, index.min(ANSWERS_MAX));
+        }
+        for sequence in 1..=total {
+            let known = look_up(&rows, "ann", sequence)?;
+            let expected = if sequence > total - ANSWERS_MAX {
+                let index = if sequence % 2 == 1 { sequence + 1 } else { sequence - 1 };
+                Known::Answered(Some(index))
+            } else {
+                Known::Forgotten
+            };
+            assert_eq!(known, expected, "sequence {sequence}");
+        }
+        Ok(())
+    }
+}
