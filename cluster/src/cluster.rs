@@ -208,12 +208,12 @@ impl Cluster {
     /// The leader, as this node knows.
     #[must_use]
     pub fn leader(&self) -> Option<NodeId> {
-        self.node.metrics().current_leader.map(NodeId)
+        self.node.leader().map(NodeId)
     }
     /// The Raft term, as this node knows.
     #[must_use]
     pub fn term(&self) -> u64 {
-        self.node.metrics().current_term
+        self.node.term()
     }
     /// Whether this node leads, and since when; changes are seen at once.
     #[must_use]
@@ -227,7 +227,7 @@ impl Cluster {
     /// [`NotLeader`]
     pub async fn confirm_leadership(&self) -> Result<u64, NotLeader> {
         self.node.alive().map_err(|error| NotLeader::Unconfirmed(error.to_string()))?;
-        let before = self.node.metrics().current_term;
+        let before = self.node.term();
         match self.node.lead(Forward::ReadIndex, self.node.config().request_timeout).await {
             Forwarded::ReadIndex(_) => {}
             Forwarded::NotLeader { leader } => {

@@ -17,28 +17,38 @@ pub(crate) fn current_metrics(raft: &Raft) -> Metrics {
     raft.metrics().borrow_watched().clone()
 }
 
-/// Calls `see` with Raft's state now and at each change, until Raft is gone.
-pub(crate) async fn watch_metrics(raft: Raft, mut see: impl FnMut(&Metrics)) {
-    let mut metrics = raft.metrics();
-    loop {
-        let now = metrics.borrow_watched().clone();
-        see(&now);
-        if now.running_state.is_err() || metrics.changed().await.is_err() {
-            return;
-        }
-    }
+/// What `see`, which must not wait, makes of Raft's state now: for what is asked at each request,
+/// where a copy of all of it would be most of the work.
+pub(crate) fn look<T>(raft: &Raft, see: impl FnOnce(&Metrics) -> T) -> T {
+    let metrics = raft.metrics();
+    let now = metrics.borrow_watched();
+    see(&now)
 }
 
-/// Resolves when a node leads that is none of those given. Never, once Raft is gone.
-pub(crate) async fn another_leads(raft: &Raft, than: [Option<u64>; 2]) {
+/// Calls `see` with Raft's state now and whenever there is another leader, term or membership, or
+/// Raft has failed; until it is gone. (Its state changes with each entry of the log.)
+pub(crate) async fn watch_metrics(raft: Raft, mut see: impl FnMut(&Metrics)) {
     let mut metrics = raft.metrics();
+    let mut last = None;
     loop {
-        let leader = metrics.borrow_watched().current_leader;
-        if leader.is_some() && !than.contains(&leader) {
-            return;
+        let seen = {
+            let now = metrics.borrow_watched();
+            let (leader, term, failed) =
+                (now.current_leader, now.current_term, now.running_state.is_err());
+            let this = (leader, term, leads(&now), failed, *now.membership_config.log_id());
+            (last != Some(this)).then(|| {
+                last = Some(this);
+                now.clone()
+            })
+        };
+        if let Some(now) = seen {
+            see(&now);
+            if now.running_state.is_err() {
+                return;
+            }
         }
         if metrics.changed().await.is_err() {
-            std::future::pending::<()>().await;
+            return;
         }
     }
 }
@@ -91,13 +101,14 @@ pub(crate) async fn propose(
     fresh: Duration,
 ) -> Forwarded {
     let until = Instant::now() + limit;
-    let metrics = current_metrics(raft);
-    if !leads(&metrics) {
-        return Forwarded::NotLeader { leader: metrics.current_leader };
+    let (here, leader, silence) =
+        look(raft, |now| (leads(now), now.current_leader, quorum_silence(now)));
+    if !here {
+        return Forwarded::NotLeader { leader };
     }
     // A leader that lost its quorum would log the command and leave its outcome open. Better to
     // refuse it while nothing has happened.
-    if quorum_silence(&metrics).is_none_or(|silence| silence > fresh) {
+    if silence.is_none_or(|silence| silence > fresh) {
         // Half of the time: the caller hears that nothing was proposed before it stops waiting.
         match read_index(raft, limit / 2).await {
             Forwarded::ReadIndex(_) => {}

@@ -6,11 +6,12 @@
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{OptionalSend, RaftLogReader};
 
+use super::log_cache::LogCache;
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use crate::machine::{decode, encode};
 use crate::storage::{Cf, Db, View};
@@ -26,14 +27,23 @@ const MESSAGE_BYTES: usize = 4 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct LogStore {
     db: Arc<Db>,
+    /// Changes with the database, after it.
+    cache: Arc<Mutex<LogCache>>,
 }
 
 impl LogStore {
     pub(crate) fn new(db: Arc<Db>) -> Self {
-        Self { db }
+        Self { db, cache: Arc::default() }
+    }
+
+    fn cache(&self) -> MutexGuard<'_, LogCache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self, from: u64, to: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
+        if let Some(entries) = self.cache().read(from, to, max_bytes) {
+            return Ok(entries);
+        }
         self.db.view(|view| {
             let (mut entries, mut bytes) = (Vec::new(), 0);
             for row in view.raw_from(Cf::Log, &from.to_be_bytes())? {
@@ -155,19 +165,28 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
+        let mut appended = Vec::new();
         self.db.write(|batch| {
             for entry in entries {
-                batch.put(Cf::Log, &entry.log_id.index.to_be_bytes(), &encode(&entry)?)?;
+                let row = encode(&entry)?;
+                batch.put(Cf::Log, &entry.log_id.index.to_be_bytes(), &row)?;
+                appended.push((entry, row.len()));
             }
             Ok(())
         })?;
+        {
+            let mut cache = self.cache();
+            appended.into_iter().for_each(|(entry, size)| cache.push(entry, size));
+        }
         self.db.when_durable(move |result| callback.io_completed(result));
         Ok(())
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         let from = last_log_id.map_or(0, |id| id.index.saturating_add(1));
-        self.db.write(|batch| batch.delete_range(Cf::Log, &from.to_be_bytes(), &[0xff; 9]))
+        self.db.write(|batch| batch.delete_range(Cf::Log, &from.to_be_bytes(), &[0xff; 9]))?;
+        self.cache().truncate(from);
+        Ok(())
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
@@ -175,7 +194,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         self.db.write(|batch| {
             batch.put(Cf::Vote, PURGED, &purged)?;
             batch.delete_range(Cf::Log, &[0; 8], &to.to_be_bytes())
-        })
+        })?;
+        // All of it may be gone, and more than it had: the next entry begins anew.
+        self.cache().purge(to);
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod change;
 mod checksum;
 mod held;
 pub(crate) mod lead;
+mod log_cache;
 mod log_store;
 mod network;
 mod recent;

@@ -79,20 +79,26 @@ impl StateMachine {
         let (changes, replies, applied) = self.db.view(|view| {
             let mut state = Overlay::new(view);
             let mut replies: Replies = Vec::with_capacity(entries.len());
-            let mut index = 0;
+            let mut last = None;
             for (entry, responder) in entries {
-                index = entry.log_id.index;
+                last = Some(entry.log_id);
                 let reply = match &entry.payload {
                     EntryPayload::Blank => Reply::None,
-                    EntryPayload::Normal(command) => apply(&mut state, index, command)?,
+                    EntryPayload::Normal(command) => {
+                        apply(&mut state, entry.log_id.index, command)?
+                    }
                     EntryPayload::Membership(membership) => {
                         let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
                         state.put(Table::Machine, MEMBERSHIP, encode(&stored)?);
                         Reply::None
                     }
                 };
-                state.put(Table::Machine, APPLIED, encode(&entry.log_id)?);
                 replies.push((responder, reply));
+            }
+            let mut index = 0;
+            if let Some(last) = last {
+                index = last.index;
+                state.put(Table::Machine, APPLIED, encode(&last)?);
             }
             let applied = Applied { revision: revision(&state)?, index };
             Ok((state.into_changes(), replies, applied))
@@ -109,7 +115,7 @@ impl StateMachine {
     }
 
     fn write(&self, changes: &Changes) -> io::Result<()> {
-        self.db.write(|batch| {
+        self.db.write_replayable(|batch| {
             for ((table, key), value) in changes {
                 batch.set(*table, key, value.as_deref())?;
             }
@@ -237,7 +243,12 @@ impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let db = self.db.clone();
-        let built = blocking(self.db.host(), move || snapshot::build(&db, meta));
+        let built = blocking(self.db.host(), move || {
+            let built = snapshot::build(&db, meta)?;
+            // Raft cuts the log off up to here, and would have nothing to bring the state back with.
+            db.flush()?;
+            Ok::<_, io::Error>(built)
+        });
         let (meta, snapshot) = built.await??;
         Ok(Snapshot { meta, snapshot })
     }

@@ -30,6 +30,11 @@ async fn follow_raft(node: Arc<Node>) {
     let me = node.clone();
     lead::watch_metrics(node.raft.clone(), move |metrics| {
         me.follow_members(metrics);
+        me.known_leader.send_if_modified(|known| {
+            let changed = *known != metrics.current_leader;
+            *known = metrics.current_leader;
+            changed
+        });
         let is_leader = lead::leads(metrics);
         me.leadership.send_if_modified(|now| {
             let same = now.is_leader == is_leader && now.term == metrics.current_term;
@@ -96,14 +101,14 @@ async fn each_second(node: Arc<Node>) {
             return;
         }
         let low = node.db.measure(node.config.min_free_bytes);
-        if lead::leads(&node.metrics()) {
+        if node.leads() {
             if low {
                 node.hand_over().await;
                 continue;
             }
             voting.tend(&node).await;
             retention::keep(&node).await;
-            checks.tend(&node, node.metrics().current_term);
+            checks.tend(&node, node.term());
         } else {
             turn += 1;
             node.say_hello(turn).await;

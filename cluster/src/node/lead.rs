@@ -100,8 +100,8 @@ impl Node {
                     StoreError::NoQuorum { why }
                 });
             }
-            let metrics = self.metrics();
-            let leader = hint.take().or(metrics.current_leader);
+            let known = self.leader();
+            let leader = hint.take().or(known);
             let answer = match leader {
                 None => {
                     turn += 1;
@@ -118,7 +118,7 @@ impl Node {
                 // elected meanwhile is asked instead.
                 Some(id) => tokio::select! {
                     answer = self.ask_member(id, &asked, left) => answer,
-                    () = lead::another_leads(&self.raft, [Some(id), metrics.current_leader]) => {
+                    () = self.another_leads([Some(id), known]) => {
                         Forwarded::Unknown(format!("node {id} led no more before it answered"))
                     }
                 },
@@ -126,7 +126,7 @@ impl Node {
             match answer {
                 Forwarded::NotLeader { leader } => {
                     // Its word is followed once; after that this node's own knowledge counts again.
-                    hint = leader.filter(|id| Some(*id) != metrics.current_leader);
+                    hint = leader.filter(|id| Some(*id) != known);
                     if leader.is_none() {
                         "no leader is known (an election is under way, or no majority is up)"
                             .clone_into(&mut why);
@@ -178,9 +178,8 @@ impl Node {
     /// Proposes a check, unless one is under way here: that one serves as well.
     async fn propose_check(&self, limit: Duration) -> Forwarded {
         let _one = self.check_turn.lock().await;
-        let metrics = self.metrics();
         if let Some(index) = self.machine.checksums().running()
-            && lead::leads(&metrics)
+            && self.leads()
         {
             // The reply of its own proposal said the same.
             return Forwarded::Reply(Reply::CheckAt { index, revision: self.revision() });
@@ -199,9 +198,11 @@ impl Node {
     }
 
     pub(crate) async fn ask_member(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {
-        let members = self.members();
-        let address = members.iter().find(|member| member.node_id.0 == id).map(|m| &m.api_address);
-        let channel = address.and_then(|address| self.peers.shared(id, address));
+        let address = lead::look(&self.raft, |now| {
+            let node = now.membership_config.membership().get_node(&id);
+            node.map(|node| node.api_address.clone())
+        });
+        let channel = address.and_then(|address| self.peers.shared(id, &address));
         let Some(channel) = channel else {
             return Forwarded::Unavailable(format!(
                 "node {id} leads, and its address is not known"
@@ -219,16 +220,16 @@ impl Node {
     /// lead meanwhile. With pre-vote a voter that finds no majority remembers its last leader for
     /// ever, and one that lost its power refuses no connection: it is silent.
     pub(crate) async fn leader_silent(&self, limit: Duration) -> bool {
-        let leader = self.metrics().current_leader;
+        let leader = self.leader();
         match self.leader_answers(limit).await {
             Some(answers) => !answers,
-            None => self.metrics().current_leader == leader,
+            None => self.leader() == leader,
         }
     }
 
     /// Asks the leader, another node, for a sign of life. `None`: nothing was heard so long.
     async fn leader_answers(&self, limit: Duration) -> Option<bool> {
-        let leader = self.metrics().current_leader.filter(|id| *id != self.id().0);
+        let leader = self.leader().filter(|id| *id != self.id().0);
         let Some(leader) = leader else { return Some(true) };
         let asked = self.ask_member(leader, &Forward::Hello, limit * 10);
         let answer = tokio::time::timeout(limit, asked).await.ok()?;

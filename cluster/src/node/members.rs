@@ -6,7 +6,7 @@ use proto::NodeId;
 
 use super::Node;
 use crate::Member;
-use crate::consensus::{Forward, Forwarded, MemberNode, Metrics, change, lead};
+use crate::consensus::{Forward, Forwarded, MemberNode, Metrics, change};
 
 /// How long another voter may take to be elected.
 const HAND_OVER: Duration = Duration::from_secs(2);
@@ -64,7 +64,7 @@ impl Node {
 
     /// Where this node leads: another voter leads instead, if one answers.
     pub(crate) async fn hand_over(&self) {
-        if !lead::leads(&self.metrics()) {
+        if !self.leads() {
             return;
         }
         let (me, silence) = (self.id().0, self.silence_limit());

@@ -1,5 +1,6 @@
 //! A running member: Raft with everything around it. The public handle is [`crate::Cluster`].
 
+mod confirm;
 mod denied;
 mod housekeeping;
 mod lead;
@@ -21,6 +22,7 @@ use proto::NodeId;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::consensus::lead::{is_voter, leads, look, out_of_touch};
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
 use crate::identity::NodeIdentity;
 use crate::service::Rate;
@@ -50,6 +52,8 @@ pub(crate) struct Node {
     machine: StateMachine,
     peers: Arc<Peers>,
     leadership: watch::Sender<Leadership>,
+    /// Who leads, for all this node knows.
+    known_leader: watch::Sender<Option<u64>>,
     /// The name that people see; it can change.
     label: watch::Sender<String>,
     removed: Arc<watch::Sender<bool>>,
@@ -68,6 +72,8 @@ pub(crate) struct Node {
     rate: std::sync::Mutex<Rate>,
     /// One permit for each backup that is being sent.
     backup_slots: Arc<tokio::sync::Semaphore>,
+    /// Where linearizable reads are confirmed.
+    confirm: confirm::Confirm,
     /// One at a time asks for checksums.
     check_turn: tokio::sync::Mutex<()>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
@@ -134,14 +140,38 @@ impl Node {
         current_metrics(&self.raft)
     }
 
+    /// Who leads, for all this node knows.
+    pub(crate) fn leader(&self) -> Option<u64> {
+        look(&self.raft, |now| now.current_leader)
+    }
+
+    /// Raft's present term.
+    pub(crate) fn term(&self) -> u64 {
+        look(&self.raft, |now| now.current_term)
+    }
+
+    /// Whether this node leads, for all it knows.
+    pub(crate) fn leads(&self) -> bool {
+        look(&self.raft, leads)
+    }
+
+    /// Resolves when a node leads that is none of those given.
+    async fn another_leads(&self, than: [Option<u64>; 2]) {
+        let mut known = self.known_leader.subscribe();
+        let other = |leader: &Option<u64>| leader.is_some() && !than.contains(leader);
+        if known.wait_for(other).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Whether this node counts for the quorum.
     pub(crate) fn is_voter(&self) -> bool {
-        crate::consensus::lead::is_voter(&self.metrics())
+        look(&self.raft, is_voter)
     }
 
     /// Whether this node has no leader, or as one no quorum, for all it knows without asking.
     pub(crate) fn out_of_touch(&self, limit: Duration) -> bool {
-        crate::consensus::lead::out_of_touch(&self.metrics(), limit)
+        look(&self.raft, |now| out_of_touch(now, limit))
     }
 
     /// Refuses work on a member that is at its end.
@@ -167,7 +197,7 @@ impl Node {
 
     /// Members, by id.
     pub(crate) fn members(&self) -> Vec<Member> {
-        members::of(&self.metrics())
+        look(&self.raft, members::of)
     }
 
     fn deadline(&self) -> Instant {

@@ -5,7 +5,7 @@ use proto::{Revision, keys};
 use tokio::time::Instant;
 
 use super::Node;
-use crate::consensus::{Applied, Forward, Forwarded, position};
+use crate::consensus::{Applied, position};
 use crate::machine::{Read, Record, Table, decode, prefix_end, revision};
 use crate::storage::View;
 use crate::{Consistency, KeyValue, RangeResult, StoreError};
@@ -26,14 +26,7 @@ impl Node {
     }
 
     pub(super) async fn catch_up(&self, deadline: Instant) -> Result<(), StoreError> {
-        let asked = self.ask_leader(Forward::ReadIndex, deadline).await;
-        let index = match asked {
-            Ok(Forwarded::ReadIndex(index)) => index,
-            Ok(other) => return Err(StoreError::NoQuorum { why: format!("{other:?}") }),
-            // A read has no outcome to be unknown.
-            Err(StoreError::UnknownOutcome { why }) => return Err(StoreError::NoQuorum { why }),
-            Err(error) => return Err(error),
-        };
+        let index = self.confirm.index(deadline).await?;
         self.has_applied(deadline, |applied| applied.index >= index).await
     }
 

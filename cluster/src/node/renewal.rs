@@ -22,7 +22,7 @@ use proto::v1::RenewRequest;
 use super::Node;
 use super::denied::denied;
 use crate::certificates::{self, ClaimError};
-use crate::consensus::{lead, renew};
+use crate::consensus::renew;
 use crate::host::blocking;
 use crate::identity::{Certificate, Identity, Pair, Standing, renewal_request};
 use crate::membership::unix_now_s;
@@ -176,7 +176,7 @@ pub(super) async fn keep(node: Arc<Node>) {
         if let Err(error) = node.settle().await {
             tracing::debug!(%error, "which certificate this node shows is not recorded yet");
         }
-        if lead::leads(&node.metrics())
+        if node.leads()
             && let Err(error) = certificates::forget(&node).await
         {
             tracing::debug!(%error, "old certificates are not forgotten yet");
@@ -283,7 +283,7 @@ impl Node {
         let (key, csr_pem) = renewal_request(&self.identity.cluster_id, id)
             .map_err(|error| format!("no key could be made: {error}"))?;
         let request = RenewRequest { node_id: id.0, csr_pem, now_unix_s: unix_now_s() };
-        let leader = self.metrics().current_leader.ok_or("no leader is known")?;
+        let leader = self.leader().ok_or("no leader is known")?;
         let limit = self.config.request_timeout;
         let signed = if leader == id.0 {
             let signed = tokio::time::timeout(limit, certificates::issue_next(self, &request));

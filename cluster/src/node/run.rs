@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, denied, housekeeping};
+use super::{Node, confirm, denied, housekeeping};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{Identity, fingerprint};
@@ -50,8 +50,11 @@ pub(crate) async fn start(
     db.measure(config.min_free_bytes);
     let id = identity.record.node_id;
     let raft = consensus::start(id.0, &config, db.clone(), machine.clone(), network).await?;
+    // Of an end without closing, Raft has applied again what the state did not hold yet.
+    trust.deny(denied::denied(&db).map_err(io)?);
     let mut nonce = [0; 8];
     getrandom::fill(&mut nonce).map_err(|error| unusable(error.to_string()))?;
+    let (confirm, reads) = confirm::queue();
     let node = Arc::new(Node {
         client: format!("node-{id}-{:016x}", u64::from_ne_bytes(nonce)),
         ca_fingerprint,
@@ -64,6 +67,7 @@ pub(crate) async fn start(
             since: Instant::now().into_std(),
         })
         .0,
+        known_leader: watch::channel(None).0,
         label: watch::channel(identity.record.node_name.clone()).0,
         removed,
         failure: watch::channel(None).0,
@@ -73,6 +77,7 @@ pub(crate) async fn start(
         watch_slots: Arc::new(Semaphore::new(config.limits.client_watches)),
         rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
         backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
+        confirm,
         check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
         retention: Mutex::new(config.retention),
@@ -85,7 +90,8 @@ pub(crate) async fn start(
         db,
     });
     node.follow_members(&node.metrics());
-    let tasks = housekeeping::spawn(&node);
+    let mut tasks = housekeeping::spawn(&node);
+    tasks.push(tokio::spawn(confirm::serve(node.clone(), reads)));
     *node.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
     Ok(node)
 }

@@ -2,6 +2,11 @@
 //! belong to (4 bytes BE before the key): a snapshot is loaded beside the running state under the
 //! next number, and one small batch makes it the current one. A crash in between leaves rows of a
 //! number that is not current; opening removes them.
+//!
+//! Raft's log is in RocksDB's write-ahead log, and what an entry changes in the state is not
+//! ([`Db::write_replayable`]): an end without [`Db::close`] throws the state back to where all
+//! families last reached their files together, and Raft applies the log from there again. So the
+//! log may only be cut off up to where the state is durable ([`Db::flush`]).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,8 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rocksdb::{
-    ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, ReadOptions,
-    SnapshotWithThreadMode, WriteBatch,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, FlushOptions,
+    IteratorMode, Options, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
 };
 
 use super::FolderLock;
@@ -58,6 +63,8 @@ impl Cf {
 }
 
 const FORMAT: &[u8] = b"3";
+/// Of what is read from files, so much stays in memory.
+const CACHE_BYTES: usize = 32 << 20;
 /// With less room than this nothing at all is written any more.
 const LAST_BYTES: u64 = 4 << 20;
 
@@ -132,8 +139,7 @@ impl Db {
     ) -> Result<Self, OpenError> {
         let fail = |error: io::Error| open_error(folder, &error);
         let path = folder.join("db");
-        let descriptors = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), cf_options()));
-        let rocks = DB::open_cf_descriptors(&db_options(new), &path, descriptors)
+        let rocks = DB::open_cf_descriptors(&db_options(new), &path, families())
             .map_err(|error| fail(io_error(error)))?;
         let rocks = Arc::new(rocks);
         check(&rocks).map_err(fail)?;
@@ -176,6 +182,24 @@ impl Db {
 
     /// Collects changes and writes them as one batch. Durable with the next fsync.
     pub(crate) fn write(&self, f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>) -> io::Result<()> {
+        self.write_with(&WriteOptions::default(), f)
+    }
+
+    /// The same for changes of the current state that the log brings again. Durable with [`Db::flush`].
+    pub(crate) fn write_replayable(
+        &self,
+        f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.write_with(&options, f)
+    }
+
+    fn write_with(
+        &self,
+        options: &WriteOptions,
+        f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
         self.with(|open| {
             let current = open.rocks.get(b"state").map_err(io_error)?;
             let mut batch = Batch {
@@ -184,8 +208,13 @@ impl Db {
                 state: state_number(current)?,
             };
             f(&mut batch)?;
-            open.rocks.write(batch.batch).map_err(io_error)
+            open.rocks.write_opt(batch.batch, options).map_err(io_error)
         })
+    }
+
+    /// Writes everything out to files, all families at one point, and waits for it; blocks.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.with(|open| flush(&open.rocks))
     }
 
     /// Calls `done` when everything written before is durable.
@@ -250,8 +279,9 @@ impl Db {
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let end = || {
-                open.rocks.put(b"closed", b"1")?;
-                open.rocks.flush_wal(true)
+                flush(&open.rocks)?;
+                open.rocks.put(b"closed", b"1").map_err(io_error)?;
+                open.rocks.flush_wal(true).map_err(io_error)
             };
             if let Err(error) = end() {
                 tracing::error!(%error, "the database could not be written out at its end");
@@ -299,6 +329,11 @@ fn handle(rocks: &DB, cf: Cf) -> io::Result<&ColumnFamily> {
         .ok_or_else(|| io::Error::other(format!("column family {} is missing", cf.name())))
 }
 
+fn flush(rocks: &DB) -> io::Result<()> {
+    let families: io::Result<Vec<_>> = Cf::ALL.into_iter().map(|cf| handle(rocks, cf)).collect();
+    rocks.flush_cfs_opt(&families?, &FlushOptions::default()).map_err(io_error)
+}
+
 pub(super) fn db_options(new: bool) -> Options {
     let mut options = Options::default();
     options.create_if_missing(new);
@@ -311,10 +346,24 @@ pub(super) fn db_options(new: bool) -> Options {
     options
 }
 
-pub(super) fn cf_options() -> Options {
+/// All families, which share a cache.
+pub(super) fn families() -> Vec<ColumnFamilyDescriptor> {
+    let cache = Cache::new_lru_cache(CACHE_BYTES);
+    let family = |cf: Cf| ColumnFamilyDescriptor::new(cf.name(), cf_options(cf, &cache));
+    Cf::ALL.into_iter().map(family).collect()
+}
+
+fn cf_options(cf: Cf, cache: &Cache) -> Options {
     let mut options = Options::default();
     options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     options.set_write_buffer_size(16 << 20);
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    if matches!(cf, Cf::Table(Table::Data | Table::Dedup)) {
+        // Each new key is looked for first, and is nowhere.
+        table.set_bloom_filter(10.0, false);
+    }
+    options.set_block_based_table_factory(&table);
     options
 }
 

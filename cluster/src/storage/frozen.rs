@@ -4,9 +4,9 @@
 use std::io;
 use std::path::Path;
 
-use rocksdb::{ColumnFamilyDescriptor, DB};
+use rocksdb::DB;
 
-use super::db::{Cf, View, cf_options, check, db_options, io_error, look, open_error};
+use super::db::{View, check, db_options, families, io_error, look, open_error};
 use crate::OpenError;
 
 /// A database that is only read. The folder must be locked meanwhile.
@@ -26,7 +26,6 @@ impl Frozen {
     /// Opens it and reads all of it once, so that damage is found now. `boot`: of this machine, now.
     pub(crate) fn open(folder: &Path, boot: &str) -> Result<Self, OpenError> {
         let fail = |error: io::Error| open_error(folder, &error);
-        let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), cf_options()));
         let (options, path) = (db_options(false), folder.join("db"));
         // RocksDB would make a folder for its own log before it finds that there is none.
         if !path.join("CURRENT").exists() {
@@ -35,7 +34,7 @@ impl Frozen {
                 detail: "is not there, or not whole: this node's copy is lost; recover another node, or restore a backup".to_owned(),
             });
         }
-        let rocks = DB::open_cf_descriptors_read_only(&options, path, families, false)
+        let rocks = DB::open_cf_descriptors_read_only(&options, path, families(), false)
             .map_err(|error| fail(io_error(error)))?;
         check(&rocks).map_err(fail)?;
         let lost_tail = look(&rocks, folder, boot)?;

@@ -15,7 +15,7 @@ use tonic::transport::Server;
 use super::entropy;
 use super::fabric::{Listener, Net};
 use super::history::{Change, Order, change_of};
-use super::machine::{Machine, Promise};
+use super::machine::{self, Machine, Promise};
 use super::rng::Rng;
 
 /// A tick, milliseconds.
@@ -247,8 +247,18 @@ impl World {
 
     /// Ends the member's process; its disk keeps all it wrote.
     pub(crate) fn kill(&mut self, index: usize) {
-        drop(self.nodes[index].running.take());
         self.net.switch_off(index);
+        self.end(index);
+    }
+
+    /// Ends it at once; its folder is as it was at that moment.
+    fn end(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        let Some(running) = node.running.take() else { return };
+        let ended = machine::crash(&node.folder, || drop(running));
+        if let Err(error) = ended {
+            locked(&self.trouble).push(format!("n{index} did not end as by a crash: {error}"));
+        }
     }
 
     /// Cuts the machine's power; of what was not synced a part is lost.
@@ -257,7 +267,7 @@ impl World {
             return;
         }
         self.net.switch_off(index);
-        drop(self.nodes[index].running.take());
+        self.end(index);
         let node = &self.nodes[index];
         if let Err(error) = node.machine.cut_power(&node.folder) {
             locked(&self.trouble).push(format!("the power of n{index} was not cut: {error}"));
