@@ -56,7 +56,7 @@ mod tests {
     use super::*;
     use crate::host::{Connection, GroupCommit, Host, SyncNow, ThisHost};
     use crate::machine::{Read, Table};
-    use crate::storage::{Db, FolderLock};
+    use crate::storage::{Cf, Db, FolderLock};
 
     type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -81,6 +81,41 @@ mod tests {
         fn boot_id(&self) -> String {
             self.0.to_owned()
         }
+    }
+
+    /// A copy of a running member's database: what its process leaves when it is killed.
+    fn killed(folder: &Path) -> Result<(tempfile::TempDir, Frozen), Box<dyn std::error::Error>> {
+        let copy = tempfile::tempdir()?;
+        std::fs::create_dir(copy.path().join("db"))?;
+        for entry in std::fs::read_dir(folder.join("db"))? {
+            let entry = entry?;
+            std::fs::copy(entry.path(), copy.path().join("db").join(entry.file_name()))?;
+        }
+        let frozen = Frozen::open(copy.path(), "one")?;
+        Ok((copy, frozen))
+    }
+
+    #[test]
+    fn what_the_log_brings_again_is_in_files_after_a_flush_alone() -> Outcome {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path();
+        let db = Db::create(path, FolderLock::take(path)?, Arc::new(Boot("one")))?;
+        db.write(|batch| batch.put(Cf::Log, b"entry", b"1"))?;
+        db.write_replayable(|batch| batch.set(Table::Data, b"a", Some(b"1")))?;
+        let rows = |frozen: &Frozen| {
+            frozen.view(|view| Ok((view.raw(Cf::Log, b"entry")?, view.get(Table::Data, b"a")?)))
+        };
+        let (_copy, frozen) = killed(path)?;
+        assert_eq!(rows(&frozen)?, (Some(b"1".to_vec()), None));
+        db.flush()?;
+        let (_copy, frozen) = killed(path)?;
+        assert_eq!(rows(&frozen)?, (Some(b"1".to_vec()), Some(b"1".to_vec())));
+        // An end in order leaves nothing to be applied again.
+        db.write_replayable(|batch| batch.set(Table::Data, b"a", Some(b"2")))?;
+        db.close();
+        let (_copy, frozen) = killed(path)?;
+        assert_eq!(rows(&frozen)?.1, Some(b"2".to_vec()));
+        Ok(())
     }
 
     /// A member that lost its tail and does not know it gives its vote a second time.
