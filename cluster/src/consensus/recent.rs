@@ -52,10 +52,7 @@ impl Recent {
     /// Takes what a batch of entries changed.
     pub(super) fn add(&self, changes: &Changes, last: u64) -> io::Result<()> {
         let mut revisions: BTreeMap<u64, Vec<Written>> = BTreeMap::new();
-        let from = (Table::Versions, Vec::new());
-        for ((_, row), value) in
-            changes.range(from..).take_while(|((table, _), _)| *table == Table::Versions)
-        {
+        for (row, value) in changes.of(Table::Versions) {
             let Some(value) = value else {
                 // Compaction. It may have removed what the same batch wrote.
                 self.reset(last);
@@ -130,8 +127,9 @@ mod tests {
             at_ms: 0,
         };
         let version = Version { head, value: Some(vec![0; size]) };
-        let row = (Table::Versions, version_key(key, revision));
-        Ok(Changes::from([(row, Some(encode(&version)?))]))
+        let mut changes = Changes::default();
+        changes.set(Table::Versions, &version_key(key, revision), Some(encode(&version)?));
+        Ok(changes)
     }
 
     #[test]
@@ -152,8 +150,9 @@ mod tests {
         assert!(recent.inner.read().is_ok_and(|inner| inner.revisions.len() <= REVISIONS_MAX));
         assert!(matches!(recent.look(5000, |_| true), Look::Found(_)));
         // A batch of nothing but compaction.
-        let gone = (Table::Versions, version_key("b", 30));
-        recent.add(&Changes::from([(gone, None)]), 5000)?;
+        let mut gone = Changes::default();
+        gone.set(Table::Versions, &version_key("b", 30), None);
+        recent.add(&gone, 5000)?;
         assert_eq!(recent.look(5000, |_| true), Look::Older);
         assert_eq!(recent.look(5001, |_| true), Look::Nothing(5000));
         Ok(())

@@ -116,8 +116,8 @@ impl StateMachine {
 
     fn write(&self, changes: &Changes) -> io::Result<()> {
         self.db.write_replayable(|batch| {
-            for ((table, key), value) in changes {
-                batch.set(*table, key, value.as_deref())?;
+            for (table, key, value) in changes.iter() {
+                batch.set(table, key, value)?;
             }
             Ok(())
         })

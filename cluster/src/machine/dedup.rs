@@ -133,12 +133,8 @@ mod tests {
         let mut state = Overlay::new(&*rows);
         assert_eq!(look_up(&state, "ann", sequence)?, Known::New);
         remember(&mut state, index, "ann", sequence, Some(index))?;
-        for (row, value) in state.into_changes() {
-            match value {
-                Some(value) => drop(rows.0.insert(row, value)),
-                None => drop(rows.0.remove(&row)),
-            }
-        }
+        let changes = state.into_changes();
+        rows.take(&changes);
         Ok(())
     }
 

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::command::KeyWrite;
 use super::{
-    Command, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode, revision,
+    Changes, Command, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode,
+    revision,
 };
 
 /// Created, modified, value, by key.
@@ -49,13 +50,18 @@ impl Rows {
     pub(super) fn apply(&mut self, index: u64, command: &Command) -> io::Result<Reply> {
         let mut state = Overlay::new(self);
         let reply = apply(&mut state, index, command)?;
-        for (key, value) in state.into_changes() {
+        let changes = state.into_changes();
+        self.take(&changes);
+        Ok(reply)
+    }
+
+    pub(super) fn take(&mut self, changes: &Changes) {
+        for (table, key, value) in changes.iter() {
             match value {
-                Some(value) => self.0.insert(key, value),
-                None => self.0.remove(&key),
+                Some(value) => self.0.insert((table, key.to_vec()), value.to_vec()),
+                None => self.0.remove(&(table, key.to_vec())),
             };
         }
-        Ok(reply)
     }
 
     pub(super) fn data(&self) -> io::Result<Data> {

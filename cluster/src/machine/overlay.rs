@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Bound;
 
 /// The tables of the state machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,8 +45,30 @@ pub(crate) trait Read {
 /// Key and value.
 pub(crate) type Row = (Vec<u8>, Vec<u8>);
 
-/// Changes by table and key; None: the row goes.
-pub(crate) type Changes = BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>>;
+/// What became of rows, by key; None: the row goes.
+type Changed = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+
+/// Changes by table and key.
+#[derive(Debug, Default)]
+pub(crate) struct Changes([Changed; Table::ALL.len()]);
+
+impl Changes {
+    /// Changes one row.
+    pub(crate) fn set(&mut self, table: Table, key: &[u8], value: Option<Vec<u8>>) {
+        self.0[table as usize].insert(key.to_vec(), value);
+    }
+    /// A table's changes, by key; None: the row goes.
+    pub(crate) fn of(&self, table: Table) -> &Changed {
+        &self.0[table as usize]
+    }
+    /// All of them.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Table, &[u8], Option<&[u8]>)> {
+        Table::ALL.into_iter().flat_map(|table| {
+            let rows = self.of(table).iter();
+            rows.map(move |(key, value)| (table, key.as_slice(), value.as_deref()))
+        })
+    }
+}
 
 /// State with changes on top.
 #[derive(Debug)]
@@ -57,15 +80,15 @@ pub(crate) struct Overlay<'a, R> {
 impl<'a, R: Read> Overlay<'a, R> {
     /// No changes yet.
     pub(crate) fn new(base: &'a R) -> Self {
-        Self { base, changes: Changes::new() }
+        Self { base, changes: Changes::default() }
     }
     /// Sets a row.
     pub(crate) fn put(&mut self, table: Table, key: &[u8], value: Vec<u8>) {
-        self.changes.insert((table, key.to_vec()), Some(value));
+        self.changes.set(table, key, Some(value));
     }
     /// Removes a row.
     pub(crate) fn delete(&mut self, table: Table, key: &[u8]) {
-        self.changes.insert((table, key.to_vec()), None);
+        self.changes.set(table, key, None);
     }
     /// The changes, to be written as one batch.
     pub(crate) fn into_changes(self) -> Changes {
@@ -75,7 +98,7 @@ impl<'a, R: Read> Overlay<'a, R> {
 
 impl<R: Read> Read for Overlay<'_, R> {
     fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        match self.changes.get(&(table, key.to_vec())) {
+        match self.changes.of(table).get(key) {
             Some(changed) => Ok(changed.clone()),
             None => self.base.get(table, key),
         }
@@ -108,23 +131,23 @@ impl<R: Read> Read for Overlay<'_, R> {
 }
 
 /// Changed rows of one range, in key order.
-type Changed<'a> = Vec<(&'a Vec<u8>, &'a Option<Vec<u8>>)>;
+type Part<'a> = Vec<(&'a Vec<u8>, &'a Option<Vec<u8>>)>;
 
 impl<R> Overlay<'_, R> {
-    fn changed(&self, table: Table, from: &[u8], to: Option<&[u8]>) -> Changed<'_> {
-        self.changes
-            .range((table, from.to_vec())..)
-            .take_while(|((t, key), _)| *t == table && to.is_none_or(|to| key.as_slice() < to))
-            .map(|((_, key), value)| (key, value))
-            .collect()
+    fn changed(&self, table: Table, from: &[u8], to: Option<&[u8]>) -> Part<'_> {
+        if to.is_some_and(|to| to < from) {
+            return Part::new();
+        }
+        let bounds = (Bound::Included(from), to.map_or(Bound::Unbounded, Bound::Excluded));
+        self.changes.of(table).range::<[u8], _>(bounds).collect()
     }
 }
 
-fn removed(changed: &Changed<'_>) -> usize {
+fn removed(changed: &Part<'_>) -> usize {
     changed.iter().filter(|(_, value)| value.is_none()).count()
 }
 
-fn merge(base: Vec<Row>, changed: Changed<'_>) -> BTreeMap<Vec<u8>, Vec<u8>> {
+fn merge(base: Vec<Row>, changed: Part<'_>) -> BTreeMap<Vec<u8>, Vec<u8>> {
     let mut rows: BTreeMap<Vec<u8>, Vec<u8>> = base.into_iter().collect();
     for (key, value) in changed {
         match value {
