@@ -9,7 +9,7 @@ use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 use tokio::time::Instant;
 
 use super::service::Forwarded;
-use super::types::{MemberNode, Metrics, Raft};
+use super::types::{LogId, MemberNode, Metrics, Raft};
 use crate::machine::Command;
 
 /// A copy of Raft's state. openraft's own is never held: a borrow of it can block Raft.
@@ -71,6 +71,12 @@ pub(crate) async fn recovered(raft: Raft) -> bool {
 /// Index of the last log entry that is committed and known to be, for display.
 pub(super) fn last_index(metrics: &Metrics) -> u64 {
     metrics.last_log_index.unwrap_or(0)
+}
+
+/// Log entries that were applied since the last snapshot.
+pub(crate) fn since_snapshot(metrics: &Metrics) -> u64 {
+    let index = |log_id: Option<LogId>| log_id.map_or(0, |id| id.index);
+    index(metrics.last_applied).saturating_sub(index(metrics.snapshot))
 }
 
 /// Time since a quorum last answered this leader; None: not known.

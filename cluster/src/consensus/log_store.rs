@@ -174,6 +174,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             }
             Ok(())
         })?;
+        self.db.logged(appended.iter().map(|(_, size)| *size).sum());
         {
             let mut cache = self.cache();
             appended.into_iter().for_each(|(entry, size)| cache.push(entry, size));

@@ -51,6 +51,8 @@ pub(crate) enum Forward {
     Check,
     /// What came of that on the member that is asked, leader or not.
     Checked { index: u64 },
+    /// Propose transactions, each for itself.
+    Txns(Vec<TxnCommand>),
 }
 
 /// What the leader answers.
@@ -84,6 +86,8 @@ pub(crate) enum Forwarded {
     Refused(String),
     /// A member's checksum.
     Checked(Checked),
+    /// What became of each.
+    Each(Vec<Forwarded>),
 }
 
 /// Serves Raft's messages.

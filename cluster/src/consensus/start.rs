@@ -23,7 +23,8 @@ pub(crate) async fn start(
         // How far the log is committed is not synced. A leader that went on in its old term after a
         // power loss would confirm reads at an index below what it had acknowledged.
         enable_leader_restore: Some(false),
-        snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(config.snapshot_every),
+        // By `node::snapshots`, which knows how large the log and the state are.
+        snapshot_policy: openraft::SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: config.snapshot_keep,
         replication_lag_threshold: config.snapshot_every.saturating_mul(2),
         install_snapshot_timeout: 60_000,

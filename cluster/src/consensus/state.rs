@@ -247,6 +247,7 @@ impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
             let built = snapshot::build(&db, meta)?;
             // Raft cuts the log off up to here, and would have nothing to bring the state back with.
             db.flush()?;
+            db.log_begins_anew();
             Ok::<_, io::Error>(built)
         });
         let (meta, snapshot) = built.await??;

@@ -29,6 +29,9 @@ mod rows;
 mod usage;
 
 #[cfg(test)]
+pub(crate) use command::KeyWrite;
+
+#[cfg(test)]
 mod history_tests;
 #[cfg(test)]
 mod limit_tests;

@@ -7,8 +7,7 @@ use proptest::prelude::*;
 
 use super::command::KeyWrite;
 use super::{
-    Changes, Command, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode,
-    revision,
+    Changes, Command, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode, revision,
 };
 
 /// Created, modified, value, by key.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::voting::Voting;
-use super::{Node, denied, renewal, retention};
+use super::{Node, denied, renewal, retention, snapshots};
 use crate::consensus::lead;
 use crate::{Leadership, StoreError, verify};
 
@@ -101,6 +101,7 @@ async fn each_second(node: Arc<Node>) {
             return;
         }
         let low = node.db.measure(node.config.min_free_bytes);
+        snapshots::keep(&node).await;
         if node.leads() {
             if low {
                 node.hand_over().await;

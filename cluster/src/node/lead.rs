@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::Node;
+use super::{Node, pass_on};
 use crate::StoreError;
 use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
 use crate::machine::{Command, Reply};
@@ -40,6 +40,7 @@ impl Node {
         match asked {
             Forward::Hello => Forwarded::Done,
             Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
+            Forward::Txns(txns) => pass_on::take(self, txns, limit).await,
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
             Forward::AddLearner { id, .. } if self.is_leaving(proto::NodeId(id)) => {
                 Forwarded::Refused(
@@ -117,7 +118,7 @@ impl Node {
                 // One that lost its power does not answer, and refuses nothing either: whoever is
                 // elected meanwhile is asked instead.
                 Some(id) => tokio::select! {
-                    answer = self.ask_member(id, &asked, left) => answer,
+                    answer = self.ask_other(id, &asked, left) => answer,
                     () = self.another_leads([Some(id), known]) => {
                         Forwarded::Unknown(format!("node {id} led no more before it answered"))
                     }
@@ -195,6 +196,14 @@ impl Node {
         }
         let applied = self.machine.applied().borrow().index;
         self.machine.checksums().get(index).unwrap_or(Checked::Absent { applied })
+    }
+
+    /// Has another member, as the leader, do it.
+    async fn ask_other(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {
+        match asked {
+            Forward::Txn(txn) => self.pass_on.ask(id, txn.clone(), left).await,
+            asked => self.ask_member(id, asked, left).await,
+        }
     }
 
     pub(crate) async fn ask_member(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {

@@ -5,11 +5,13 @@ mod denied;
 mod housekeeping;
 mod lead;
 mod members;
+mod pass_on;
 mod past;
 mod read;
 mod renewal;
 mod retention;
 mod run;
+mod snapshots;
 mod voting;
 mod watches;
 mod write;
@@ -74,6 +76,8 @@ pub(crate) struct Node {
     backup_slots: Arc<tokio::sync::Semaphore>,
     /// Where linearizable reads are confirmed.
     confirm: confirm::Confirm,
+    /// Where transactions wait that another node leads.
+    pass_on: pass_on::PassOn,
     /// One at a time asks for checksums.
     check_turn: tokio::sync::Mutex<()>,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,

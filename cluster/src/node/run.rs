@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, confirm, denied, housekeeping};
+use super::{Node, confirm, denied, housekeeping, pass_on};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{Identity, fingerprint};
@@ -55,6 +55,7 @@ pub(crate) async fn start(
     let mut nonce = [0; 8];
     getrandom::fill(&mut nonce).map_err(|error| unusable(error.to_string()))?;
     let (confirm, reads) = confirm::queue();
+    let (pass_on, txns) = pass_on::queue();
     let node = Arc::new(Node {
         client: format!("node-{id}-{:016x}", u64::from_ne_bytes(nonce)),
         ca_fingerprint,
@@ -78,6 +79,7 @@ pub(crate) async fn start(
         rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
         backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
         confirm,
+        pass_on,
         check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
         retention: Mutex::new(config.retention),
@@ -92,6 +94,7 @@ pub(crate) async fn start(
     node.follow_members(&node.metrics());
     let mut tasks = housekeeping::spawn(&node);
     tasks.push(tokio::spawn(confirm::serve(node.clone(), reads)));
+    tasks.push(tokio::spawn(pass_on::serve(node.clone(), txns)));
     *node.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
     Ok(node)
 }

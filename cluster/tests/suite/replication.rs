@@ -263,6 +263,7 @@ fn without_a_majority_writes_are_refused_in_time_and_it_heals() -> Outcome {
 fn a_member_that_was_away_for_long_catches_up_by_snapshot() -> Outcome {
     let mut lab = Lab::with(3, |config| {
         config.snapshot_every = 100;
+        config.snapshot_bytes = 0;
         config.snapshot_keep = 10;
         config.retention.system_revisions = 50;
         config.retention.file_versions = 1;

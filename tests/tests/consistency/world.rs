@@ -76,6 +76,7 @@ fn config(index: usize, folder: PathBuf, machine: &Machine) -> ClusterConfig {
     config.voter_patience = Duration::from_secs(2);
     // Small enough for members to catch up by snapshot within a simulation.
     config.snapshot_every = 150;
+    config.snapshot_bytes = 0;
     config.snapshot_keep = 20;
     config.host = Arc::new(machine.clone());
     config
