@@ -24,8 +24,8 @@ pub(crate) enum Command {
         after_help = "Examples:\n  clusterctl cluster init\n  clusterctl cluster init --name prod"
     )]
     Init {
-        /// What people call the cluster: status, contexts and recovery show it. It stays for good, and
-        /// tells nothing apart but to people: the cluster's id and certificates do that
+        /// What people call the cluster, in its status and backups; it stays. Clusters are told apart by
+        /// their ids and certificates
         #[arg(long, default_value = "holdfast")]
         name: String,
         /// This node's name; as configured where absent
