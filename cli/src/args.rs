@@ -139,6 +139,56 @@ mod tests {
         }
     }
 
+    /// The command lines of clusterctl that stand, indented, on lines of their own.
+    fn command_lines(text: &str) -> Vec<Vec<String>> {
+        // What a shell puts in is one word.
+        let filled = |part: &str| match (part.find("$("), part.rfind(')')) {
+            (Some(from), Some(to)) if from < to => format!("{}x{}", &part[..from], &part[to + 1..]),
+            _ => part.to_owned(),
+        };
+        let lines = text.lines().filter_map(|line| line.strip_prefix("  "));
+        let lines = lines.filter_map(|line| line.split(" #").next());
+        let parts = lines.flat_map(|line| line.split(['|', ';', '&', '<', '>']));
+        let calls = parts.filter_map(|part| {
+            let part = part
+                .trim()
+                .trim_start_matches("ssh node1 ")
+                .trim_start_matches("deploy/lab ssh 1 ");
+            part.starts_with("clusterctl ").then(|| filled(part))
+        });
+        let words =
+            |call: String| call.split(' ').map(|word| word.trim_matches('\'').to_owned()).collect();
+        calls.map(words).collect()
+    }
+
+    #[test]
+    fn every_example_parses_here_and_in_the_documentation() {
+        let mut tried = 0;
+        let mut parse = |from: &str, text: &str| {
+            for words in command_lines(text) {
+                let parsed = Cli::try_parse_from(&words);
+                assert!(parsed.is_ok(), "{from}: {}: {}", words.join(" "), parsed.unwrap_err());
+                tried += 1;
+            }
+        };
+        parse("README.md", include_str!("../../README.md"));
+        parse("deploy/lab --help", include_str!("../../tests/src/bin/lab/help.txt"));
+        let mut left = vec![Cli::command()];
+        while let Some(command) = left.pop() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            parse(command.get_name(), &help);
+            left.extend(command.get_subcommands().cloned());
+        }
+        assert!(tried > 100, "only {tried} examples were found");
+    }
+
+    #[test]
+    fn the_documentations_vm_is_a_valid_one() {
+        let readme = include_str!("../../README.md");
+        let document = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next());
+        proto::VmSpec::parse(document.expect("the README has a VM document")).unwrap();
+    }
+
     #[test]
     fn the_global_flags_may_stand_anywhere() {
         for line in ["clusterctl -o json vm list", "clusterctl vm list -o json"] {

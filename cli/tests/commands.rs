@@ -32,7 +32,8 @@ fn a_list_as_table_json_and_yaml() {
 #[test]
 fn refusals_have_their_exit_codes_reasons_and_remedies() {
     let mock = Mock::start();
-    let cases: [(&[&str], i32, &str); 6] = [
+    let cases: [(&[&str], i32, &str); 7] = [
+        (&["cluster", "status"], 4, "belongs to no cluster yet"),
         (&["vm", "show", "nope"], 3, "there is no VM `nope`"),
         (&["vm", "migrate", "web", "node1"], 4, "is on node1 already"),
         (&["vm", "start", "no-quorum"], 5, "no quorum: 1 of 3 voters answers"),
@@ -46,6 +47,15 @@ fn refusals_have_their_exit_codes_reasons_and_remedies() {
         assert!(ran.stderr.contains(reason), "{arguments:?}: {ran:?}");
         assert_eq!(ran.stdout, "", "{arguments:?}");
     }
+}
+
+#[test]
+fn a_node_without_a_cluster_fails_its_status_in_every_format() {
+    let mock = Mock::start();
+    let ran = mock.run(&["cluster", "status", "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((ran.exit, &json["initialized"]), (Some(4), &false.into()), "{ran:?}");
+    assert!(ran.stderr.contains("do: `clusterctl cluster init`"), "{ran:?}");
 }
 
 #[test]

@@ -16,14 +16,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use cluster::{Cluster, ClusterConfig, OpenError, Opened, RaftTimings, StoreError, Uninitialized};
+use cluster::{
+    Cluster, ClusterConfig, Consistency, OpenError, Opened, RaftTimings, StoreError, Uninitialized,
+};
 use futures::future::BoxFuture;
 use ha_manager::Timing;
-use proto::Name;
 use proto::v1::{
     InitRequest, InitResponse, JoinRequest, JoinResponse, RestoreNames, RestoreRequest,
     RestoreResponse,
 };
+use proto::{Name, keys};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -58,6 +60,9 @@ pub enum Ended {
 
 /// How long the agent waits for its listeners and threads when it ends.
 const END_LIMIT: Duration = Duration::from_secs(5);
+/// How long `cluster join` waits for a new member's copy: clients wait for an answer for 30 s. It is a
+/// member whatever becomes of that.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(15);
 
 /// The agent, member or not.
 #[derive(Debug)]
@@ -438,14 +443,29 @@ impl Agent {
         let joined = folder.join(&request.token, &node_name).await;
         let cluster = joined.map_err(|error| api::join_status(&error))?;
         *fresh = None;
-        let answer = JoinResponse {
+        let member = this.become_member(cluster.clone(), listeners).await;
+        member.map_err(|error| Self::internal(&error))?;
+        drop(fresh);
+        Ok(JoinResponse {
             cluster_id: cluster.cluster_id().to_string(),
             node_id: cluster.node_id().0,
-        };
-        let member = this.become_member(cluster, listeners).await;
-        member.map_err(|error| Self::internal(&error))?;
-        Ok(answer)
+            caught_up: has_caught_up(&cluster).await,
+        })
     }
+}
+
+/// Waits until a new member's own copy holds what the cluster was when it joined, itself included:
+/// until then its status would show a cluster of nobody. False: it did not get so far in time.
+async fn has_caught_up(cluster: &Cluster) -> bool {
+    let is_listed = || cluster.members().iter().any(|member| member.node_id == cluster.node_id());
+    let copied = async {
+        while cluster.get(keys::CLUSTER_DOCUMENT, Consistency::Linearizable).await.is_err()
+            || !is_listed()
+        {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(CATCH_UP_LIMIT, copied).await.is_ok()
 }
 
 /// One agent for each run folder: the VM processes in it are its own.

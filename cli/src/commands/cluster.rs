@@ -12,6 +12,7 @@ use clap::Subcommand;
 use proto::v1;
 use proto::v1::membership_client::MembershipClient;
 
+use crate::args::Format;
 use crate::connect::Session;
 use crate::failure::{Exit, Failure};
 use crate::output::{self, or_dash};
@@ -19,9 +20,12 @@ use crate::output::{self, or_dash};
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Make this node the first of a new cluster
-    #[command(after_help = "Examples:\n  clusterctl cluster init --name lab")]
+    #[command(
+        after_help = "Examples:\n  clusterctl cluster init\n  clusterctl cluster init --name prod"
+    )]
     Init {
-        /// The cluster's name, for people
+        /// What people call the cluster, in its status and backups; it stays. Clusters are told apart by
+        /// their ids and certificates
         #[arg(long, default_value = "holdfast")]
         name: String,
         /// This node's name; as configured where absent
@@ -44,7 +48,7 @@ pub(crate) enum Command {
     Token(Token),
     /// Members, leader, quorum
     #[command(
-        after_help = "Examples:\n  clusterctl cluster status\n  clusterctl cluster status -o json"
+        after_help = "Exit code 4 where the node belongs to no cluster yet.\n\nExamples:\n  clusterctl cluster status\n  clusterctl cluster status -o json"
     )]
     Status,
     /// Compare the members' copies of the configuration, each at the same place of the log
@@ -135,7 +139,14 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let request = v1::JoinRequest { token, node_name };
             let joined = session.call("join the cluster", client.join(request)).await?;
             output::print(format, &joined, |joined| {
-                format!("joined cluster {} as node id {}", joined.cluster_id, joined.node_id)
+                let (cluster, id) = (&joined.cluster_id, joined.node_id);
+                let rest = match joined.caught_up {
+                    true => "",
+                    false => {
+                        "; its copy of the configuration is still on its way: see `clusterctl cluster status`"
+                    }
+                };
+                format!("joined cluster {cluster} as node id {id}{rest}")
             })
         }
         Command::Token(Token::Create { ttl }) => {
@@ -148,7 +159,14 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
         Command::Status => {
             let status = client.status(v1::ClusterStatusRequest {});
             let status = session.call("see the cluster's status", status).await?;
-            output::print(format, &status, status_table)
+            match (status.initialized, format) {
+                (true, _) => output::print(format, &status, status_table),
+                (false, Format::Table) => Err(no_cluster()),
+                (false, Format::Json | Format::Yaml) => {
+                    output::print(format, &status, |_| String::new())?;
+                    Err(no_cluster())
+                }
+            }
         }
         Command::Verify => verify::run(session, client).await,
         Command::Backup { file, stale, force } => {
@@ -187,10 +205,13 @@ fn read_token(token: String) -> Result<String, Failure> {
     }
 }
 
+fn no_cluster() -> Failure {
+    Failure::new(Exit::Refused, "there is no cluster to see the status of")
+        .why("the agent works, but this node belongs to no cluster yet")
+        .remedy("`clusterctl cluster init` makes a new one; `clusterctl cluster join TOKEN` joins one, with what `clusterctl cluster token create` printed there")
+}
+
 fn status_table(status: &v1::ClusterStatus) -> String {
-    if !status.initialized {
-        return "this node belongs to no cluster yet: `clusterctl cluster init` or `clusterctl cluster join TOKEN`".to_owned();
-    }
     let name_of = |id: u64| {
         let mut members = status.members.iter().filter_map(|member| member.member.as_ref());
         let found = members.find(|member| member.node_id == id);
@@ -283,6 +304,5 @@ mod tests {
             text.contains("voter") && text.ends_with("if node1 fails: quorum is lost"),
             "{text}"
         );
-        assert!(status_table(&v1::ClusterStatus::default()).contains("belongs to no cluster"));
     }
 }

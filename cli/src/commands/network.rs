@@ -13,7 +13,7 @@ pub(crate) enum Command {
     /// All networks
     #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl network list")]
     List,
-    /// Make a network: a bridge on every node
+    /// Make a network: a bridge of one name on every node, made there when the first VM needs it
     #[command(
         after_help = "Examples:\n  clusterctl network create lan --bridge hfbr0 --uplink eth1"
     )]
@@ -23,7 +23,8 @@ pub(crate) enum Command {
         /// The bridge interface; made where missing
         #[arg(long)]
         bridge: String,
-        /// An interface to put into a bridge that was made
+        /// A network card of that name on every node, to put into the bridge. An address that it has
+        /// answers no more: not one that you reach a node by
         #[arg(long, default_value = "", hide_default_value = true)]
         uplink: String,
     },

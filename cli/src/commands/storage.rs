@@ -15,7 +15,7 @@ pub(crate) enum Command {
     List,
     /// Make a pool of a folder
     #[command(
-        after_help = "Examples:\n  clusterctl storage create shared --kind shared-dir --path /mnt/nas/holdfast\n  clusterctl storage create local --kind local-dir --path /var/lib/holdfast/images --create"
+        after_help = "Examples:\n  clusterctl storage create shared --kind shared-dir --path /mnt/nas/holdfast\n  clusterctl storage create local --kind local-dir --path /srv/holdfast --create"
     )]
     Create {
         /// Its name

@@ -122,7 +122,7 @@ impl SourceHooks for Hooks<'_> {
                 remaining_bytes: progress.remaining_bytes,
                 bandwidth_bytes_s: progress.bandwidth_bytes_s,
                 dirty_bytes_s: progress.dirty_bytes_s,
-                expected_downtime_ms: millis(progress.expected_downtime),
+                expected_downtime_ms: progress.expected_downtime.map(millis),
                 phase: progress.phase.as_str().to_owned(),
             }),
         );

@@ -225,15 +225,18 @@ async fn copy(
 }
 
 fn line(now: &MigrationProgress) -> String {
+    let known = |number: Option<u64>, unit: &str| {
+        number.map_or_else(|| "unknown".to_owned(), |number| format!("{number} {unit}"))
+    };
     format!(
-        "{}, round {}: {} MiB moved, {} MiB left, {} MiB/s, {} MiB/s dirtied, downtime {} ms expected",
+        "{}, round {}: {} MiB moved, {} MiB left, {} MiB/s; dirtied: {}, expected downtime: {}",
         now.phase,
         now.round,
         now.bytes >> 20,
         now.remaining_bytes >> 20,
         now.bandwidth_bytes_s >> 20,
-        now.dirty_bytes_s >> 20,
-        now.expected_downtime_ms
+        known(now.dirty_bytes_s.map(|bytes| bytes >> 20), "MiB/s"),
+        known(now.expected_downtime_ms, "ms")
     )
 }
 
@@ -356,6 +359,17 @@ mod tests {
             start_failures: 0,
             retry_at_unix_ms: None,
         }
+    }
+
+    #[test]
+    fn what_is_not_measured_yet_is_not_called_nothing() {
+        let mut now = MigrationProgress { phase: "precopy".into(), round: 1, ..Default::default() };
+        let first = line(&now);
+        assert!(first.ends_with("dirtied: unknown, expected downtime: unknown"), "{first}");
+        now.dirty_bytes_s = Some(5 << 20);
+        now.expected_downtime_ms = Some(0);
+        let later = line(&now);
+        assert!(later.ends_with("dirtied: 5 MiB/s, expected downtime: 0 ms"), "{later}");
     }
 
     #[test]

@@ -100,14 +100,15 @@ impl Lab {
         self.wait_healthy(1)
     }
 
-    /// Waits until a node's agent answers.
+    /// Waits until a node's agent answers, for its cluster or that it is in none (exit code 4).
     ///
     /// # Errors
     /// If it does not in time.
     pub fn wait_agent(&self, number: u32) -> anyhow::Result<()> {
         let log = self.folder().join(format!("{number}/agent.log"));
         wait_until(SETTLE, &format!("node{number}'s agent answers (see {})", log.display()), || {
-            Ok(self.ctl_output(number, &["cluster", "status"]).is_ok_and(|output| output.code == 0))
+            let asked = self.ctl_output(number, &["cluster", "status"]);
+            Ok(asked.is_ok_and(|output| matches!(output.code, 0 | 4)))
         })
     }
 

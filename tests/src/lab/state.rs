@@ -11,7 +11,7 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -69,15 +69,23 @@ impl State {
     /// # Errors
     /// If there is no lab, or its state cannot be read.
     pub fn load(folder: &Path) -> anyhow::Result<Self> {
+        Self::find(folder)?.with_context(|| {
+            format!("no lab is running in {}: start one with `deploy/lab up`", folder.display())
+        })
+    }
+
+    /// Reads the state of the lab in a folder; `None` if there is none.
+    ///
+    /// # Errors
+    /// If its state cannot be read.
+    pub fn find(folder: &Path) -> anyhow::Result<Option<Self>> {
         let path = folder.join("lab.json");
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                bail!("no lab runs in {}: start one with `deploy/lab up`", folder.display())
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
         };
-        serde_json::from_str(&text).with_context(|| {
+        serde_json::from_str(&text).map(Some).with_context(|| {
             format!("{} is damaged: end the lab's processes and remove the folder", path.display())
         })
     }
@@ -100,6 +108,12 @@ impl State {
     pub fn node(&self, number: u32) -> anyhow::Result<&NodeState> {
         let node = self.nodes.iter().find(|node| node.number == number);
         node.with_context(|| format!("no node {number}: this lab has 1 to {}", self.nodes.len()))
+    }
+
+    /// Whether any process of it runs.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.processes().any(|process| process.is_alive())
     }
 
     /// Every process of the lab, nodes first.
@@ -127,13 +141,19 @@ pub fn cache() -> PathBuf {
 
 /// Makes the folder ours: refuses a lab that runs, clears what a former one left.
 pub(super) fn claim(folder: &Path) -> anyhow::Result<Flock<File>> {
-    let busy = || format!("a lab runs in {} already: `lab down` ends it", folder.display());
+    let busy = || format!("a lab runs in {} already: `deploy/lab down` ends it", folder.display());
     std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let is_a_labs = folder.join("lab.lock").exists();
+    ensure!(
+        is_a_labs || std::fs::read_dir(folder)?.next().is_none(),
+        "{} has files that are no lab's, and a lab removes all in its folder: give an empty one",
+        folder.display()
+    );
     let lock = File::create(folder.join("lab.lock"))?;
     let lock =
         Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| anyhow::anyhow!(busy()))?;
     if let Ok(old) = State::load(folder) {
-        ensure!(!old.processes().any(|process| process.is_alive()), busy());
+        ensure!(!old.is_alive(), busy());
     }
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
@@ -155,9 +175,30 @@ pub(super) fn sweep(labs: &Path) {
     for folder in entries.flatten().map(|entry| entry.path()) {
         let Ok(lock) = File::open(folder.join("lab.lock")) else { continue };
         let unused = Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok();
-        if unused && !State::load(&folder).is_ok_and(|old| old.processes().any(|p| p.is_alive())) {
+        if unused && !State::load(&folder).is_ok_and(|old| old.is_alive()) {
             // What cannot be removed now is tried again by the next lab.
             let _ = std::fs::remove_dir_all(&folder);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_with_other_files_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = dir.path().join("thesis.txt");
+        std::fs::write(&kept, "years of work").unwrap();
+        let refused = claim(dir.path()).unwrap_err().to_string();
+        assert!(refused.contains("no lab's") && kept.exists(), "{refused}");
+        // What a former lab left is cleared, and a lab that was not started is no error.
+        let folder = dir.path().join("lab");
+        drop(claim(&folder).unwrap());
+        std::fs::write(folder.join("lab.json.new"), "{").unwrap();
+        drop(claim(&folder).unwrap());
+        assert!(!folder.join("lab.json.new").exists());
+        assert!(State::find(&folder).unwrap().is_none());
     }
 }

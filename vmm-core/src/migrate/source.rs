@@ -114,10 +114,10 @@ pub struct Progress {
     pub remaining_bytes: u64,
     /// Bytes a second sent in this round.
     pub bandwidth_bytes_s: u64,
-    /// Bytes a second that the guest dirtied in the last round.
-    pub dirty_bytes_s: u64,
-    /// The downtime if the VM were paused after this round; zero in the first.
-    pub expected_downtime: Duration,
+    /// Bytes a second that the guest dirtied in the last round; `None` in the first.
+    pub dirty_bytes_s: Option<u64>,
+    /// The downtime if the VM were paused after this round; `None` until the bandwidth is measured.
+    pub expected_downtime: Option<Duration>,
 }
 
 /// What the commit decided.
@@ -522,7 +522,7 @@ fn progress(
     let micros = begin.elapsed().as_micros().max(1);
     let measured = u128::from(count.sent_bytes) * 1_000_000 / micros;
     let bandwidth_bytes_s = match count.sent_bytes {
-        0 => estimate.bandwidth_bytes_s,
+        0 if estimate.is_measured => estimate.bandwidth_bytes_s,
         _ => u64::try_from(measured).unwrap_or(u64::MAX),
     };
     Progress {
@@ -531,7 +531,7 @@ fn progress(
         bytes: before + count.sent_bytes,
         remaining_bytes: total_pages.saturating_sub(count.pages).saturating_mul(PAGE_SIZE),
         bandwidth_bytes_s,
-        dirty_bytes_s: estimate.dirty_bytes_s,
-        expected_downtime: estimate.downtime,
+        dirty_bytes_s: (round > 1).then_some(estimate.dirty_bytes_s),
+        expected_downtime: estimate.is_measured.then_some(estimate.downtime),
     }
 }

@@ -56,6 +56,10 @@ fn all_memory_arrives_though_the_guest_keeps_writing() {
         for phase in [Phase::Precopy, Phase::StopAndCopy, Phase::Commit] {
             assert!(hooks.saw(phase), "no progress in {phase:?}");
         }
+        for now in &hooks.progress {
+            let known = (now.dirty_bytes_s.is_some(), now.expected_downtime.is_some());
+            assert_eq!(known, (now.round > 1, now.round > 1), "only rounds measure it: {now:?}");
+        }
     }
 }
 

@@ -14,9 +14,9 @@ use proto::v1::storage_client::StorageClient;
 use proto::v1::tasks_client::TasksClient;
 use proto::v1::vms_client::VmsClient;
 use proto::v1::{
-    CreatePoolRequest, CreateTokenRequest, CreateVmRequest, GetTaskRequest, Image,
-    ImportImageRequest, InitRequest, JoinRequest, ListNodesRequest, ListVmsRequest, Pool, Task,
-    TaskRef, Vm, VmRequest,
+    ClusterStatusRequest, CreatePoolRequest, CreateTokenRequest, CreateVmRequest, GetTaskRequest,
+    Image, ImportImageRequest, InitRequest, JoinRequest, ListNodesRequest, ListVmsRequest, Pool,
+    Task, TaskRef, Vm, VmRequest,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -128,7 +128,15 @@ impl Rig {
         let mut membership = MembershipClient::new(member.channel.clone());
         let token = membership.create_token(CreateTokenRequest { ttl_s: 60 }).await.unwrap();
         let join = JoinRequest { token: token.into_inner().token, node_name: node.into() };
-        MembershipClient::new(self.channel.clone()).join(join).await.unwrap();
+        let mut membership = MembershipClient::new(self.channel.clone());
+        let joined = membership.join(join).await.unwrap().into_inner();
+        // What it was told, it sees at once.
+        let status = membership.status(ClusterStatusRequest {}).await.unwrap().into_inner();
+        let sees = |id: u64| {
+            status.members.iter().any(|of| of.member.as_ref().is_some_and(|of| of.node_id == id))
+        };
+        let of_member = member.agent.node().unwrap().id.0;
+        assert!(joined.caught_up && sees(joined.node_id) && sees(of_member), "{status:?}");
     }
 
     pub fn vm_client(&self) -> VmsClient<Channel> {

@@ -1,6 +1,7 @@
 //! The story that `deploy/lab demo` tells: a VM boots, moves live while a client talks to it, and
 //! comes back after its node has lost power.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -8,6 +9,7 @@ use proto::v1::HaStatus;
 use serde::Serialize;
 use tests::lab::guest::Guest;
 use tests::lab::migration::Migration;
+use tests::lab::state::{State, default_folder};
 use tests::lab::{Lab, Options};
 
 /// A guest in a node that is emulated, inside a machine that does other things too.
@@ -34,10 +36,14 @@ struct Failover {
 }
 
 /// Tells it.
-pub(crate) fn demo(json: bool, memory_mib: u32) -> anyhow::Result<()> {
+pub(crate) fn demo(json: bool, memory_mib: u32, folder: Option<PathBuf>) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut say = super::progress(started);
-    let options = Options { memory_mib, ..Options::temporary(3) };
+    let mut options = Options { memory_mib, ..Options::temporary(3) };
+    options.folder = folder.unwrap_or(options.folder);
+    if State::find(&default_folder()).is_ok_and(|lab| lab.is_some_and(|lab| lab.is_alive())) {
+        say("the lab that is up stays as it is; it shares this machine's CPUs: all takes longer");
+    }
     super::end_at_signal(options.folder.clone())?;
     let mut lab = Lab::up(&options, &mut say)?;
     let told = tell(&mut lab, &mut say);
@@ -170,15 +176,21 @@ fn watch_failover(
 
 fn print_table(figures: &Figures) {
     let Figures { boot_ms, migration, failover } = figures;
-    let mib = migration.bytes >> 20;
-    println!("boot                 {boot_ms:>8} ms");
-    println!("live migration       {:>8} ms", migration.total_ms);
-    println!("  downtime           {:>8} ms", migration.downtime_ms);
-    println!("  moved              {mib:>8} MiB in {} rounds", migration.rounds);
-    println!("power cut");
-    println!("  declared dead      {:>8} ms", failover.dead_ms);
-    println!("  process started    {:>8} ms", failover.started_ms);
-    println!("  serving            {:>8} ms", failover.serving_ms);
+    let line = |what: &str, ms: u64, meaning: &str| println!("{what:18}{ms:>8} ms  {meaning}");
+    line("boot", *boot_ms, "from `vm create` to the guest's first answer");
+    line("live migration", migration.total_ms, "from the command to its end");
+    line("  downtime", migration.downtime_ms, "of these the guest stood still");
+    let (mib, rounds) = (migration.bytes >> 20, migration.rounds);
+    println!("{:18}{mib:>7} MiB  sent, in {rounds} rounds", "  moved");
+    println!("power cut, after which");
+    line("  declared dead", failover.dead_ms, "the node's lease (10 s) had run out");
+    line("  process started", failover.started_ms, "the VM was started on another node");
+    line("  serving", failover.serving_ms, "its guest answered again");
+    println!(
+        "\nAll on this one machine: emulated nodes (see the first line) take many times as long \
+         as hardware.\nNext: `deploy/lab up` starts three nodes to play with; `deploy/lab --help` \
+         shows what to do with them."
+    );
 }
 
 fn ms(duration: Duration) -> u64 {

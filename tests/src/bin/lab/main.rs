@@ -1,43 +1,36 @@
 //! `deploy/lab`: a cluster on this machine, step by step or as one story.
 
 mod demo;
+#[cfg(test)]
+mod page_tests;
 mod ssh;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tests::lab::process::{self, Lifetime};
 use tests::lab::state::{Backend, State, default_folder};
 use tests::lab::{Lab, Options, switch};
 
-/// Three real nodes on this machine: QEMU, on a network that can be cut. No root needed.
-#[derive(Parser)]
-#[command(
-    name = "lab",
-    bin_name = "deploy/lab",
-    after_help = "Examples:
-  deploy/lab demo                    the whole story: boot, live migration, power cut; with its times
-  deploy/lab up                      three nodes, each with an agent, until `deploy/lab down`
-  deploy/lab ssh 1 clusterctl cluster init --name lab
-  deploy/lab partition 1             cuts node 1 off from all others
-  deploy/lab partition 1 2           cuts the link between nodes 1 and 2
-  deploy/lab heal
-  deploy/lab power-off 2; deploy/lab power-on 2
-  deploy/lab ssh 3                   a shell in node 3"
-)]
+/// The page that `--help` prints here, and `deploy/lab` before anything is built. The tests keep
+/// it and the command line together.
+const HELP: &str = include_str!("help.txt");
+
+#[derive(Debug, Parser)]
+#[command(name = "lab", bin_name = "deploy/lab", disable_help_subcommand = true)]
 struct Arguments {
-    /// The lab's folder [default: $HOLDFAST_CACHE/lab]
+    /// The lab's folder
     #[arg(long, global = true)]
     dir: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Subcommand)]
+#[derive(Debug, Subcommand)]
 enum Command {
-    /// Boots a cluster and a VM, moves the VM live, cuts its node's power; prints the times
+    /// The whole story, with its times
     Demo {
         /// Print the figures as JSON
         #[arg(long)]
@@ -121,7 +114,8 @@ enum Command {
 }
 
 fn main() -> std::process::ExitCode {
-    match run(Arguments::parse()) {
+    let arguments = Arguments::from_arg_matches(&command_line().get_matches());
+    match run(arguments.unwrap_or_else(|error| error.exit())) {
         Ok(code) => code,
         Err(_) if process::is_stopping() => std::process::ExitCode::from(130),
         Err(error) => {
@@ -131,11 +125,17 @@ fn main() -> std::process::ExitCode {
     }
 }
 
+/// One page of help for all of it.
+fn command_line() -> clap::Command {
+    Arguments::command().override_help(HELP).mut_subcommands(|verb| verb.override_help(HELP))
+}
+
 fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
-    let folder = arguments.dir.unwrap_or_else(default_folder);
+    let chosen = arguments.dir;
+    let folder = chosen.clone().unwrap_or_else(default_folder);
     let attach = || Lab::attach(&folder);
     match arguments.command {
-        Command::Demo { json, memory } => demo::demo(json, memory)?,
+        Command::Demo { json, memory } => demo::demo(json, memory, chosen)?,
         Command::Up { nodes, backend, cpus, memory, bare } => {
             let options = Options {
                 folder: folder.clone(),
@@ -154,10 +154,11 @@ fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
                 Backend::Process => Lab::up_processes(&options, &mut say)?,
             };
             println!(
-                "The lab is up: `deploy/lab ssh 1` is a shell in node 1, `deploy/lab down` ends it."
+                "The lab is up, in no cluster yet: `deploy/lab --help` shows how to form one. \
+                 `deploy/lab ssh 1` is a shell in node 1, `deploy/lab down` ends it."
             );
         }
-        Command::Down => attach()?.down()?,
+        Command::Down => down(&folder)?,
         Command::Status { json } => status(&attach()?, json)?,
         Command::PowerOff { node } => attach()?.power_off(node)?,
         Command::PowerOn { node } => attach()?.power_on(node)?,
@@ -174,12 +175,27 @@ fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
     Ok(std::process::ExitCode::SUCCESS)
 }
 
+/// Without a lab there is nothing to do, and nothing wrong.
+fn down(folder: &Path) -> anyhow::Result<()> {
+    if State::find(folder)?.is_none() {
+        println!("no lab is running in {}", folder.display());
+        return Ok(());
+    }
+    let lab = Lab::attach(folder)?;
+    let all = lab.state().nodes.len();
+    let on = lab.state().nodes.iter().filter_map(|node| node.process);
+    let on = on.filter(process::ProcessId::is_alive).count();
+    lab.down()?;
+    println!("ended: {on} of {all} nodes were on; {} is removed", folder.display());
+    Ok(())
+}
+
 /// Says each step on the terminal, with the time since the beginning.
 fn progress(started: Instant) -> impl FnMut(&str) {
     move |text| eprintln!("[{:6.1} s] {text}", started.elapsed().as_secs_f64())
 }
 
-fn serve_switch(folder: &std::path::Path, nodes: u32) -> anyhow::Result<()> {
+fn serve_switch(folder: &Path, nodes: u32) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(switch::server::serve(folder, 1..=nodes)).context("the lab's switch")
 }
