@@ -75,7 +75,6 @@ pub(crate) async fn start(
         backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
         check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
-        retention: Mutex::new(config.retention),
         config,
         identity: identity.record,
         ca_pem: identity.ca_pem,
