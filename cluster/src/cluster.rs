@@ -19,8 +19,8 @@ use crate::service::EnrolmentService;
 use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
-    RangeResult, ReadAtError, Retention, StoreError, Txn, TxnOutcome, WatchBatch, WatchError,
-    backup, certificates, membership, removal, rename, verify,
+    RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError, backup,
+    certificates, membership, removal, rename, verify,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -70,16 +70,6 @@ impl Cluster {
     #[must_use]
     pub fn ca_fingerprint(&self) -> &str {
         self.node.ca_fingerprint()
-    }
-
-    /// How much history is kept from now on; what counts is what the leader was told.
-    pub fn set_retention(&self, retention: Retention) {
-        self.node.set_retention(retention);
-    }
-    /// How much history is kept.
-    #[must_use]
-    pub fn retention(&self) -> Retention {
-        self.node.retention()
     }
 
     /// One key, and the store's revision that the answer belongs to.

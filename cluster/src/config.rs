@@ -73,7 +73,7 @@ impl ClusterConfig {
     }
 }
 
-/// How much history is kept. The leader's settings count.
+/// How much history is kept, where `cluster.toml` does not say; the leader's settings count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retention {
     /// Versions of each of people's files that stay, however old they are. Of a file that was
@@ -99,13 +99,16 @@ impl Default for Retention {
     }
 }
 
-/// How much there may be of everything. For the data, the leader's settings count.
+/// How much there may be of everything. For the data this holds where `cluster.toml` does not say,
+/// and the leader's settings count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// People's files (their present content and paths), bytes.
     pub file_bytes: u64,
     /// Their number.
     pub files: u64,
+    /// The largest one, bytes; never more than 1 MiB.
+    pub largest_file_bytes: u64,
     /// The system's records, bytes. Only what people make more of is refused for it (new VMs, join
     /// tokens): nothing keeps a node from being fenced.
     pub record_bytes: u64,
@@ -124,6 +127,7 @@ impl Default for Limits {
         Self {
             file_bytes: 1 << 30,
             files: 100_000,
+            largest_file_bytes: 1 << 20,
             record_bytes: 256 << 20,
             records: 200_000,
             client_watches: 2_000,

@@ -44,7 +44,7 @@ pub enum StoreError {
     TooLarge(String),
     /// The data is as large as it may be.
     #[error(
-        "no space: {what} would be over their limit of {limit_bytes} bytes and {limit_keys} keys ({used_bytes} and {used_keys} are used), nothing was written; delete what is not needed: deletes are always taken"
+        "no space: {what} would be over their limit of {limit_bytes} bytes and {limit_keys} keys ({used_bytes} and {used_keys} are used), nothing was written; delete what is not needed (deletes are always taken), or raise the limit: see `clusterctl config explain cluster.limits`"
     )]
     NoSpace {
         /// `the files` or `the system's records`.
@@ -60,7 +60,7 @@ pub enum StoreError {
     },
     /// A client asks too often.
     #[error(
-        "`{client}` asks more often than {per_s} times a second; nothing was done: wait a moment, then ask again"
+        "`{client}` asks more often than {per_s} times a second; nothing was done: wait a moment, then ask again, or raise `client_requests_per_s` under [limits] of the agent's configuration"
     )]
     TooOften {
         /// Who.
@@ -145,7 +145,7 @@ pub enum WatchError {
     Compacted(#[from] Compacted),
     /// This node has as many clients' watches as it takes.
     #[error(
-        "this node has {limit} watches of clients, as many as it takes; end some, or ask another node"
+        "this node has {limit} watches of clients, as many as it takes; end some, ask another node, or raise `client_watches` under [limits] of its agent's configuration"
     )]
     TooMany {
         /// How many it takes.

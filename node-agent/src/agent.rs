@@ -508,6 +508,11 @@ pub(crate) fn cluster_config(config: &Config) -> ClusterConfig {
         zone: config.node.zone.clone(),
         witness: config.node.witness,
         voter_patience: timing.lease() * 3,
+        limits: cluster::Limits {
+            client_watches: config.limits.client_watches,
+            client_requests_per_s: config.limits.client_requests_per_s,
+            ..cluster::Limits::default()
+        },
         ..ClusterConfig::new(config.data_dir.clone(), api, enrol)
     }
 }

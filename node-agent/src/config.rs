@@ -49,6 +49,8 @@ pub struct Config {
     pub tree: Tree,
     /// What this node is to the cluster.
     pub node: NodeRole,
+    /// What clients may ask of this node.
+    pub limits: Limits,
     /// Timings.
     pub timing: Timing,
     /// What is logged.
@@ -117,6 +119,22 @@ impl Tree {
     #[must_use]
     pub fn holds(&self, path: &Path) -> bool {
         self.path().is_some_and(|mount| path.starts_with(mount))
+    }
+}
+
+/// What clients may ask of a node. How much the configuration may take is `cluster.toml`'s to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Watches of the configuration at the same time.
+    pub client_watches: usize,
+    /// Requests of one client to the configuration in a second; 0: no limit.
+    pub client_requests_per_s: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { client_watches: 2_000, client_requests_per_s: 500 }
     }
 }
 
@@ -195,6 +213,7 @@ impl Default for Config {
             vm_program: None,
             tree: Tree::default(),
             node: NodeRole::default(),
+            limits: Limits::default(),
             timing: Timing::default(),
             log: Log::default(),
         }
@@ -385,6 +404,12 @@ impl Config {
         self.check_visible("data_dir", &self.data_dir)?;
         self.check_visible("run_dir", &self.run_dir)?;
         self.check_visible("socket", &self.socket_path())?;
+        if !(1..=100_000).contains(&self.limits.client_watches) {
+            return refuse(format!(
+                "limits.client_watches = {} is refused: give 1 to 100000",
+                self.limits.client_watches
+            ));
+        }
         if self.uid_base < 1000 {
             return refuse(format!("uid_base = {} is refused: give 1000 or more", self.uid_base));
         }
@@ -538,6 +563,8 @@ mod tests {
             ("node_name = \"Node_1\"", "not a valid name"),
             ("advertise = \"host\"", "host:port"),
             ("uid_base = 0", "uid_base"),
+            ("[limits]\nclient_watches = 0", "give 1 to 100000"),
+            ("[limits]\nclient_requests_per_s = -1", "client_requests_per_s"),
             ("[tree]\nmount = \"here\"", "an absolute path, or \"off\""),
             ("[node]\nzone = \"Rack 1\"", "node.zone"),
             ("[tree]\nmount = \"/var/lib\"", "it would hide data_dir"),

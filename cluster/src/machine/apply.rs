@@ -54,9 +54,11 @@ fn apply_txn<R: Read>(
                 Reply::Committed { revision } => Some(*revision),
                 Reply::Conflict { .. } => None,
                 // Nothing was done; a repetition is looked at anew.
-                Reply::None | Reply::Forgotten | Reply::Full(_) | Reply::CheckAt { .. } => {
-                    return Ok(reply);
-                }
+                Reply::None
+                | Reply::Forgotten
+                | Reply::Full(_)
+                | Reply::Oversized(_)
+                | Reply::CheckAt { .. } => return Ok(reply),
             };
             dedup::remember(state, index, &txn.client, txn.sequence, outcome)?;
             Ok(reply)
@@ -73,6 +75,9 @@ fn execute<R: Read>(state: &mut Overlay<'_, R>, txn: &TxnCommand) -> io::Result<
     let replaced = |write: &KeyWrite| Ok(record(state, &write.key)?.map(Replaced::from));
     let old: io::Result<Vec<_>> = txn.writes.iter().map(replaced).collect();
     let old = old?;
+    if let Some(oversized) = usage::oversized(state, &txn.writes, &old)? {
+        return Ok(Reply::Oversized(oversized));
+    }
     if let Some(full) = usage::count(state, &txn.writes, &old)? {
         return Ok(Reply::Full(full));
     }

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{DataLimits, Full, Lane};
+use super::{DataLimits, Full, Lane, Oversized};
 use crate::{Txn, Write};
 
 /// Longest key, bytes.
@@ -78,6 +78,8 @@ pub(crate) enum Reply {
     Full(Full),
     /// Where in the log the checksums are computed, and the store's revision there.
     CheckAt { index: u64, revision: u64 },
+    /// A file is larger than one may be; nothing was written.
+    Oversized(Oversized),
 }
 
 /// A key's state in a [`Reply`].
@@ -118,6 +120,7 @@ impl std::fmt::Display for Reply {
             Self::Conflict { conflicts, .. } => write!(f, "conflict on {} keys", conflicts.len()),
             Self::Forgotten => f.write_str("forgotten"),
             Self::Full(full) => write!(f, "full: {:?}", full.share),
+            Self::Oversized(found) => write!(f, "oversized: {}", found.key),
             Self::CheckAt { index, revision } => write!(f, "check at {index}, revision {revision}"),
         }
     }

@@ -27,7 +27,7 @@ fn txn(writes: &[(&str, Option<usize>)]) -> TxnCommand {
 fn limited(files: Usage) -> io::Result<Rows> {
     let mut rows = Rows::default();
     let system = Usage { keys: 10, bytes: 10_000 };
-    rows.apply(1, &Command::Limit(DataLimits { files, system }))?;
+    rows.apply(1, &Command::Limit(DataLimits { files, system, largest_file: 1 << 20 }))?;
     Ok(rows)
 }
 
@@ -88,6 +88,37 @@ fn a_refusal_for_want_of_space_is_no_answer_to_a_repetition() -> io::Result<()> 
 }
 
 #[test]
+fn a_limit_on_files_that_is_lowered_refuses_only_what_grows() -> io::Result<()> {
+    let mut rows = limited(Usage { keys: 10, bytes: 10_000 })?;
+    let mut index = 2;
+    let mut apply = |command: Command| {
+        index += 1;
+        rows.apply(index, &command)
+    };
+    let write = |writes: &[(&str, Option<usize>)]| Command::Txn(txn(writes));
+    assert!(matches!(apply(write(&[("a", Some(900)), ("b", Some(50))]))?, Reply::Committed { .. }));
+    let usage = Usage { keys: 10, bytes: 10_000 };
+    apply(Command::Limit(DataLimits { files: usage, system: usage, largest_file: 100 }))?;
+    let Reply::Oversized(found) = apply(write(&[("b", Some(100)), ("c", Some(101))]))? else {
+        panic!("it was taken")
+    };
+    assert_eq!((found.key.as_str(), found.bytes, found.limit), ("c", 101, 100));
+    assert!(matches!(apply(write(&[("a", Some(900))]))?, Reply::Oversized(_)));
+    assert!(matches!(apply(write(&[("a", Some(899))]))?, Reply::Committed { .. }));
+    assert!(matches!(apply(write(&[("c", Some(100))]))?, Reply::Committed { .. }));
+    assert!(matches!(apply(write(&[("status/x", Some(500))]))?, Reply::Committed { .. }));
+    assert!(matches!(apply(write(&[("a", None)]))?, Reply::Committed { .. }));
+    // By number: what is there stays, and may be changed; nothing comes.
+    let few = Usage { keys: 1, bytes: 10_000 };
+    apply(Command::Limit(DataLimits { files: few, system: usage, largest_file: 100 }))?;
+    assert!(matches!(apply(write(&[("c", Some(90))]))?, Reply::Committed { .. }));
+    assert!(matches!(apply(write(&[("d", Some(1))]))?, Reply::Full(_)));
+    assert!(matches!(apply(write(&[("b", None), ("c", None)]))?, Reply::Committed { .. }));
+    assert!(matches!(apply(write(&[("d", Some(1))]))?, Reply::Committed { .. }));
+    Ok(())
+}
+
+#[test]
 fn one_transaction_is_bounded() {
     let refused = |writes: &[(&str, Option<usize>)]| validate(&txn(writes)).unwrap_err();
     let Unfit::TooLarge(why) = refused(&[("vms/a", Some((1 << 20) + 1))]) else {
@@ -100,6 +131,11 @@ fn one_transaction_is_bounded() {
     assert!(matches!(refused(&[("a", None), ("a", None)]), Unfit::Invalid(_)));
     let many = TxnCommand { compares: vec![("a".to_owned(), 0); 9000], ..txn(&[]) };
     assert!(matches!(validate(&many), Err(Unfit::TooLarge(_))));
+    let keys: Vec<String> = (0..10_000).map(|number| format!("f{number}")).collect();
+    let puts: Vec<_> = keys.iter().map(|key| (key.as_str(), Some(1))).collect();
+    let Unfit::TooLarge(why) = refused(&puts) else { panic!("not for its size") };
+    assert!(why.contains("8192"), "{why}");
+    assert_eq!(validate(&txn(&puts[..8192])), Ok(()));
     let author = TxnCommand { author: "a\nb".to_owned(), ..txn(&[]) };
     assert!(matches!(validate(&author), Err(Unfit::Invalid(_))));
 }

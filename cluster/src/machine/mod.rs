@@ -51,4 +51,4 @@ pub(crate) use rows::{
     Place, Record, Replaced, Version, VersionHead, decode, decode_head, encode, journal_key,
     place_of, prefix_end, revision, version_key, version_of,
 };
-pub(crate) use usage::{DataLimits, Full, Share, Usage, kept, limits, used_bytes};
+pub(crate) use usage::{DataLimits, Full, Oversized, Share, Usage, kept, limits, used_bytes};

@@ -56,6 +56,8 @@ pub(crate) struct Usage {
 pub(crate) struct DataLimits {
     pub(crate) files: Usage,
     pub(crate) system: Usage,
+    /// Largest of people's files, bytes.
+    pub(crate) largest_file: u64,
 }
 
 /// A transaction would take more than is allowed.
@@ -87,6 +89,30 @@ pub(super) fn set_limits<R: Read>(
 ) -> io::Result<()> {
     state.put(Table::Machine, b"limits", encode(&limits)?);
     Ok(())
+}
+
+/// A file is larger than one may be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Oversized {
+    pub(crate) key: String,
+    pub(crate) bytes: u64,
+    pub(crate) limit: u64,
+}
+
+/// Looks for a file that is too large, `old` being what each write replaces. One that becomes
+/// smaller is allowed, also where the limit was lowered meanwhile.
+pub(super) fn oversized(
+    read: &impl Read,
+    writes: &[KeyWrite],
+    old: &[Option<Replaced>],
+) -> io::Result<Option<Oversized>> {
+    let Some(DataLimits { largest_file: limit, .. }) = limits(read)? else { return Ok(None) };
+    let found = writes.iter().zip(old).find_map(|(KeyWrite { key, value }, old)| {
+        let (new, old) = (value.as_ref()?.len(), old.as_ref().map_or(0, |old| old.value_bytes));
+        let refused = Share::of(key) == Share::Files && new as u64 > limit && new > old;
+        refused.then(|| Oversized { key: key.clone(), bytes: new as u64, limit })
+    });
+    Ok(found)
 }
 
 /// Whether a transaction is refused where it makes a share too large.

@@ -144,7 +144,7 @@ impl Node {
                         why: format!("{why}; then the leader's disk was full ({folder})"),
                     });
                 }
-                Forwarded::Reply(Reply::Full(_)) if perhaps_done => {
+                Forwarded::Reply(Reply::Full(_) | Reply::Oversized(_)) if perhaps_done => {
                     return Err(StoreError::UnknownOutcome {
                         why: format!("{why}; then there was no space for it any more"),
                     });

@@ -11,6 +11,7 @@ mod read;
 mod renewal;
 mod retention;
 mod run;
+mod settings;
 mod snapshots;
 mod voting;
 mod watches;
@@ -30,7 +31,7 @@ use crate::identity::NodeIdentity;
 use crate::service::Rate;
 use crate::storage::Db;
 use crate::tls::{Credentials, Trust};
-use crate::{ClusterConfig, Leadership, Member, Retention, StoreError};
+use crate::{ClusterConfig, Leadership, Member, StoreError};
 
 pub(crate) use run::start;
 pub(crate) use write::unix_now_ms;
@@ -67,8 +68,6 @@ pub(crate) struct Node {
     client: String,
     sequence: AtomicU64,
     stopping: AtomicBool,
-    /// How much history is kept, while this member leads.
-    retention: std::sync::Mutex<Retention>,
     /// One permit for each watch that a client may have.
     watch_slots: Arc<tokio::sync::Semaphore>,
     rate: std::sync::Mutex<Rate>,
@@ -90,12 +89,6 @@ impl std::fmt::Debug for Node {
 }
 
 impl Node {
-    pub(crate) fn retention(&self) -> Retention {
-        *self.retention.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-    pub(crate) fn set_retention(&self, retention: Retention) {
-        *self.retention.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = retention;
-    }
     pub(crate) fn config(&self) -> &ClusterConfig {
         &self.config
     }

@@ -4,13 +4,13 @@
 use std::io;
 
 use super::Node;
+use super::settings::Settings;
 use super::write::unix_now_ms;
+use crate::ClusterConfig;
 use crate::consensus::{Forwarded, lead};
 use crate::machine::{
-    Command, DataLimits, Lane, Read, Span, Usage, floor, journal, kept, limits, revision, unswept,
-    written_at_ms,
+    Command, Lane, Read, Span, floor, journal, kept, limits, revision, unswept, written_at_ms,
 };
-use crate::{Limits, Retention};
 
 /// The system's history is compacted when it is this much longer than wanted: in bulk. That of
 /// files keeps as many revisions, however large.
@@ -24,8 +24,7 @@ const STEPS: usize = 8;
 pub(super) async fn keep(node: &Node) {
     for _ in 0..STEPS {
         let now_ms = unix_now_ms();
-        let (retention, limits) = (node.retention(), data_limits(&node.config.limits));
-        let wanted = node.db.view(|view| next_step(view, &retention, limits, now_ms));
+        let wanted = node.db.view(|view| next_step(view, &node.config, now_ms));
         let command = match wanted {
             Ok(Some(command)) => command,
             Ok(None) => return,
@@ -47,12 +46,8 @@ pub(super) async fn keep(node: &Node) {
 }
 
 /// The next thing to do, if any.
-fn next_step(
-    read: &impl Read,
-    retention: &Retention,
-    wanted: DataLimits,
-    now_ms: u64,
-) -> io::Result<Option<Command>> {
+fn next_step(read: &impl Read, config: &ClusterConfig, now_ms: u64) -> io::Result<Option<Command>> {
+    let Settings { retention, limits: wanted } = Settings::read(read, config)?;
     if limits(read)? != Some(wanted) {
         return Ok(Some(Command::Limit(wanted)));
     }
@@ -82,13 +77,6 @@ fn next_step(
         }
     }
     Ok(None)
-}
-
-fn data_limits(limits: &Limits) -> DataLimits {
-    DataLimits {
-        files: Usage { keys: limits.files, bytes: limits.file_bytes },
-        system: Usage { keys: limits.records, bytes: limits.record_bytes },
-    }
 }
 
 /// How far the changes of people's files, from a revision on, were made before a time. Stamps are

@@ -82,7 +82,6 @@ pub(crate) async fn start(
         pass_on,
         check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
-        retention: Mutex::new(config.retention),
         config,
         identity: identity.record,
         ca_pem: identity.ca_pem,

@@ -8,7 +8,7 @@ use proto::Revision;
 
 use super::Node;
 use crate::consensus::{Forward, Forwarded};
-use crate::machine::{Full, Reply, Share, TxnCommand, Unfit, validate};
+use crate::machine::{Full, Oversized, Reply, Share, TxnCommand, Unfit, validate};
 use crate::{KeyValue, StoreError, Txn, TxnOutcome};
 
 /// Milliseconds since 1970 by this machine's clock.
@@ -28,6 +28,14 @@ fn no_space(full: Full) -> StoreError {
         limit_bytes: full.limit.bytes,
         limit_keys: full.limit.keys,
     }
+}
+
+fn too_large(found: Oversized) -> StoreError {
+    let Oversized { key, bytes, limit } = found;
+    StoreError::TooLarge(format!(
+        "`{key}` has {bytes} bytes; at most {limit} are allowed here: see `clusterctl config \
+         explain cluster.limits`"
+    ))
 }
 
 impl Node {
@@ -65,6 +73,7 @@ impl Node {
             }),
             Forwarded::Reply(Reply::Forgotten) => Err(StoreError::Forgotten { client, sequence }),
             Forwarded::Reply(Reply::Full(full)) => Err(no_space(full)),
+            Forwarded::Reply(Reply::Oversized(found)) => Err(too_large(found)),
             Forwarded::DiskFull { folder, free_bytes } => {
                 Err(StoreError::DiskFull { path: PathBuf::from(folder), free_bytes })
             }

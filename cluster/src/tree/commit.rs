@@ -20,9 +20,15 @@ const LAG: Duration = Duration::from_secs(3);
 pub(super) enum Failure {
     /// The writer's answer.
     Refused(FileRefused),
-    /// Its absence.
+    /// No quorum was found in time: given up, whatever becomes of it.
+    GivenUp,
+    /// It was not tried.
     Errno(Errno),
 }
+
+/// What a person is told of a change that was given up.
+const GIVEN_UP: &str = "the outcome is unknown: the quorum was lost while the change was under way; \
+                        look at the file when there is one again, before repeating the change";
 
 impl Tree {
     /// Commits changes, and waits until the names in memory have them. The answer is the revision.
@@ -37,9 +43,8 @@ impl Tree {
         let author = self.author(caller);
         let commit = tokio::time::timeout(LIMIT, self.writer.commit(changes, &author));
         let answer = tokio::select! {
-            answer = commit => answer.map_err(|_| Failure::Errno(Errno::EIO))?,
-            // Given up: whether it is written all the same is seen when there is a quorum again.
-            () = self.quorum.lost_for(&self.source, Instant::now()) => return Err(Failure::Errno(Errno::EROFS)),
+            answer = commit => answer.map_err(|_| unanswered())?,
+            () = self.quorum.lost_for(&self.source, Instant::now()) => return Err(Failure::GivenUp),
         };
         match answer {
             Ok(revision) => {
@@ -68,6 +73,7 @@ impl Tree {
     pub(super) fn errno(&self, failure: Failure) -> Errno {
         let refused = match failure {
             Failure::Errno(errno) => return errno,
+            Failure::GivenUp => return Errno::EROFS,
             Failure::Refused(refused) => refused,
         };
         tracing::info!(%refused, "a change in the mounted tree was refused");
@@ -88,13 +94,10 @@ impl Tree {
         }
     }
 
-    /// As [`Tree::errno`], where one file is written: who may not write it, or finds no room, is told why
-    /// beside it.
+    /// As [`Tree::errno`], where one file is written: who may not write it, finds no room, or cannot
+    /// know what became of it, is told so beside it.
     pub(super) fn errno_at(&self, path: &str, failure: Failure) -> Errno {
-        if let Failure::Refused(refused @ (FileRefused::Denied(_) | FileRefused::Full(_))) =
-            &failure
-        {
-            let reason = refused.to_string();
+        if let Some(reason) = reason_beside(&failure) {
             self.change(|names| ((), names.note(path, &reason)));
         }
         self.errno(failure)
@@ -119,6 +122,32 @@ impl Tree {
             None => format!("uid {} on {node}", caller.uid),
         }
     }
+}
+
+/// What is said beside a file, of what an error's number does not tell.
+fn reason_beside(failure: &Failure) -> Option<String> {
+    match failure {
+        Failure::GivenUp => Some(GIVEN_UP.to_owned()),
+        Failure::Refused(
+            refused @ (FileRefused::Denied(_)
+            | FileRefused::Full(_)
+            | FileRefused::TooLarge(_)
+            | FileRefused::Unknown(_)),
+        ) => Some(refused.to_string()),
+        // A refused document has its note from [`Tree::errno`]; the others say enough.
+        Failure::Refused(
+            FileRefused::Invalid { .. }
+            | FileRefused::Conflict { .. }
+            | FileRefused::NoQuorum(_)
+            | FileRefused::Busy(_),
+        )
+        | Failure::Errno(_) => None,
+    }
+}
+
+fn unanswered() -> Failure {
+    let why = format!("no answer within {LIMIT:?}; look at the file before repeating the change");
+    Failure::Refused(FileRefused::Unknown(why))
 }
 
 /// A user's name by `/etc/passwd` alone: a directory service could hang.

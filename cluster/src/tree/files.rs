@@ -197,7 +197,7 @@ impl Tree {
         match self.commit(vec![file, folder], caller).await {
             Ok(_) => {}
             Err(Failure::Refused(FileRefused::Conflict { .. })) => return Err(Errno::EEXIST),
-            Err(failure) => return Err(self.errno(failure)),
+            Err(failure) => return Err(self.errno_at(path, failure)),
         }
         self.lock().names.child(parent, name).ok_or(Errno::EIO)
     }
@@ -263,7 +263,10 @@ impl Tree {
             Err(Failure::Refused(FileRefused::Conflict { path: at, .. })) => {
                 return self.resolve(path, &at, plan).await;
             }
-            Err(Failure::Refused(FileRefused::Unknown(_))) => self.look(path, plan, begun).await?,
+            Err(Failure::Refused(unknown @ FileRefused::Unknown(_))) => {
+                let seen = self.look(path, plan, begun, unknown).await;
+                seen.map_err(|failure| self.errno_at(path, failure))?
+            }
             Err(failure) => return Err(self.errno_at(path, failure)),
         };
         self.change(|names| {
@@ -301,10 +304,16 @@ impl Tree {
 
     /// The outcome of a write that was begun then is unknown: what is there tells. Without a quorum
     /// nothing does, as for a write that is given up.
-    async fn look(&self, path: &str, plan: &Plan, begun: Instant) -> Result<u64, Errno> {
+    async fn look(
+        &self,
+        path: &str,
+        plan: &Plan,
+        begun: Instant,
+        unknown: FileRefused,
+    ) -> Result<u64, Failure> {
         let confirmed = tokio::select! {
             confirmed = self.source.confirmed(path) => confirmed,
-            () = self.quorum.lost_for(&self.source, begun) => return Err(Errno::EROFS),
+            () = self.quorum.lost_for(&self.source, begun) => return Err(Failure::GivenUp),
         };
         match confirmed {
             Ok(Some((content, revision)))
@@ -314,9 +323,10 @@ impl Tree {
             }
             Err(StoreError::NoQuorum { .. }) => {
                 self.quorum.lose();
-                Err(Errno::EROFS)
+                Err(Failure::GivenUp)
             }
-            Ok(_) | Err(_) => Err(Errno::EIO),
+            // It may still be under way.
+            Ok(_) | Err(_) => Err(Failure::Refused(unknown)),
         }
     }
 

@@ -13,6 +13,7 @@ mod certificates;
 mod durability;
 mod history;
 mod joining;
+mod limits;
 mod membership;
 mod recover;
 mod replication;

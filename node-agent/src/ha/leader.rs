@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cluster::{Consistency, Retention, Txn};
+use cluster::{Consistency, Txn};
 use ha_manager::{Attempts, Detector, Now, Observations, Plan, Policy, Timing, Verdict, plan};
 use proto::record::{FencedRecord, HaLeaderRecord};
 use proto::v1::{HeartbeatRequest, HeartbeatResponse, NodeReport};
@@ -221,18 +221,6 @@ impl Leader {
     }
 }
 
-/// Tells the store how much history `cluster.toml` wants kept.
-async fn keep_history(node: &Node) {
-    match node.store.settings(Consistency::Stale).await {
-        Ok(settings) => node.cluster().set_retention(Retention {
-            file_versions: settings.history.versions,
-            file_age: Duration::from_millis(settings.history.age.as_ms()),
-            ..node.cluster().retention()
-        }),
-        Err(error) => tracing::debug!("settings of the history: {error}"),
-    }
-}
-
 /// Runs for the agent's life: does nothing while this node does not lead, else plans at least each
 /// second and whenever a placement changes.
 pub async fn run(node: Arc<Node>) {
@@ -267,7 +255,6 @@ pub async fn run(node: Arc<Node>) {
             node.leader.follow();
             continue;
         }
-        keep_history(&node).await;
         if let Err(error) = lead_once(&node).await {
             tracing::debug!("HA: {error}");
         }

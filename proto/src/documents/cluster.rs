@@ -11,6 +11,9 @@ table! {
         /// How much of the documents' history is kept.
         #[serde(default)]
         history: HistorySettings, otherwise "the defaults below";
+        /// How much the configuration may take.
+        #[serde(default)]
+        limits: LimitSettings, otherwise "the defaults below";
         /// Live migrations whose request says nothing else.
         #[serde(default)]
         migration: MigrationSettings, otherwise "the defaults below";
@@ -26,6 +29,32 @@ table! {
         #[serde(default = "default_age")]
         age: TimeSpan, default "\"90d\"",
             where "1min to 3650d" => |age| (60_000..=3650 * DAY_MS).contains(&age.as_ms());
+    }
+
+    /// How much the configuration may take: what would go beyond is refused, on every node alike.
+    /// What is there already stays, and what makes it smaller is always taken. Each node's own
+    /// limits (watches, requests of a client) are in its agent's configuration.
+    pub struct LimitSettings {
+        /// The largest file.
+        #[serde(default = "default_largest_file")]
+        largest_file: ByteSize, default "\"1MiB\"",
+            where "1KiB to 1MiB" => |size| (1 << 10..=1 << 20).contains(&size.0);
+        /// How many files there may be, empty folders included.
+        #[serde(default = "default_files")]
+        files: u64, default "100000", where "100 to 1000000" => |count| (100..=1_000_000).contains(count);
+        /// All files with their paths, as they are now; their history has limits of its own.
+        #[serde(default = "default_files_size")]
+        files_size: ByteSize, default "\"1GiB\"",
+            where "1MiB to 16GiB" => |size| (1 << 20..=16 << 30).contains(&size.0);
+        /// How many records the system may hold (VMs, disks, nodes, join tokens). Only what people
+        /// make more of is refused for it; nothing keeps a node from being fenced.
+        #[serde(default = "default_records")]
+        records: u64, default "200000",
+            where "1000 to 2000000" => |count| (1_000..=2_000_000).contains(count);
+        /// All of the system's records.
+        #[serde(default = "default_records_size")]
+        records_size: ByteSize, default "\"256MiB\"",
+            where "1MiB to 4GiB" => |size| (1 << 20..=4 << 30).contains(&size.0);
     }
 
     /// Live migrations whose request says nothing else: those of `node drain`, of HA, and of
@@ -61,6 +90,38 @@ fn default_downtime() -> TimeSpan {
 impl Default for HistorySettings {
     fn default() -> Self {
         Self { versions: default_versions(), age: default_age() }
+    }
+}
+
+fn default_largest_file() -> ByteSize {
+    ByteSize(1 << 20)
+}
+
+fn default_files() -> u64 {
+    100_000
+}
+
+fn default_files_size() -> ByteSize {
+    ByteSize(1 << 30)
+}
+
+fn default_records() -> u64 {
+    200_000
+}
+
+fn default_records_size() -> ByteSize {
+    ByteSize(256 << 20)
+}
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self {
+            largest_file: default_largest_file(),
+            files: default_files(),
+            files_size: default_files_size(),
+            records: default_records(),
+            records_size: default_records_size(),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ mod storage;
 mod vm;
 
 pub use access::{AccessDocument, Role};
-pub use cluster::{ClusterDocument, HistorySettings, MigrationSettings};
+pub use cluster::{ClusterDocument, HistorySettings, LimitSettings, MigrationSettings};
 pub use networks::{NetworkSpec, NetworksDocument};
 pub use node::NodeDocument;
 pub use path::{DocumentPath, PATH_MAX, PathKind, PathRefused, SEGMENT_MAX, classify};

@@ -22,6 +22,8 @@ fn example(kind: DocumentKind) -> &'static str {
         DocumentKind::Networks => "[networks.lan]\nbridge = \"br0\"\nuplink = \"eno1\"\n",
         DocumentKind::Cluster => {
             "[history]\nversions = 7\nage = \"7d\"\n\
+             [limits]\nlargest_file = \"2KiB\"\nfiles = 700\nfiles_size = \"2MiB\"\n\
+             records = 7000\nrecords_size = \"3MiB\"\n\
              [migration]\ndowntime = \"1s\"\nbandwidth = \"1GiB\"\n"
         }
         DocumentKind::Access => "role = \"admin\"\n",
@@ -177,6 +179,36 @@ fn the_stated_limits_are_the_checked_ones() {
             "age = \"7d\"",
             &["age = \"1min\"", "age = \"3650d\""],
             &["age = \"59s\"", "age = \"3651d\""],
+        ),
+        (
+            DocumentKind::Cluster,
+            "largest_file = \"2KiB\"",
+            &["largest_file = \"1KiB\"", "largest_file = \"1MiB\""],
+            &["largest_file = 1023", "largest_file = 1048577"],
+        ),
+        (
+            DocumentKind::Cluster,
+            "files = 700",
+            &["files = 100", "files = 1000000"],
+            &["files = 99", "files = 1000001", "files = -1", "files = \"700\""],
+        ),
+        (
+            DocumentKind::Cluster,
+            "files_size = \"2MiB\"",
+            &["files_size = \"1MiB\"", "files_size = \"16GiB\""],
+            &["files_size = \"1023KiB\"", "files_size = \"17GiB\""],
+        ),
+        (
+            DocumentKind::Cluster,
+            "records = 7000",
+            &["records = 1000", "records = 2000000"],
+            &["records = 999", "records = 2000001"],
+        ),
+        (
+            DocumentKind::Cluster,
+            "records_size = \"3MiB\"",
+            &["records_size = \"1MiB\"", "records_size = \"4GiB\""],
+            &["records_size = \"1023KiB\"", "records_size = \"5GiB\""],
         ),
         (
             DocumentKind::Cluster,

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::change::{self, Options, Planned, Wanted, read_input};
-use super::local::{read_file, read_folder};
+use super::change::{self, Options, Planned, Wanted};
+use super::local::{read_folder, read_input};
 use crate::failure::{Exit, Failure};
 use crate::files::{File, Files, Read};
 use crate::paths::{self, Span};
@@ -36,7 +36,7 @@ fn given(path: Option<&str>, file: &Path) -> Result<Given, Failure> {
         }
         return Ok(Given { wanted: read_folder(file)?, origin, is_folder: true });
     }
-    let content = if file.as_os_str() == "-" { read_input(file)? } else { read_file(file)? };
+    let content = read_input(file)?;
     let key = match path {
         Some(path) => paths::key(path),
         None => paths::guess(file, &content).ok_or_else(|| {

@@ -2,11 +2,12 @@
 //! commits, and what is said about them. Used by every verb that writes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{IsTerminal, Read as _};
+use std::io::IsTerminal;
 use std::path::Path;
 
 use serde::Serialize;
 
+use super::local::read_input;
 use crate::args::Format;
 use crate::diffs::{self, Count};
 use crate::failure::{Exit, Failure};
@@ -351,18 +352,6 @@ fn say_written(
         true => format!("{key} would be {verb}"),
         false => format!("{key} {verb}, revision {revision}"),
     })
-}
-
-/// A file's content; `-`: stdin's.
-pub(super) fn read_input(file: &Path) -> Result<Vec<u8>, Failure> {
-    if file.as_os_str() != "-" {
-        return std::fs::read(file).map_err(|error| Failure::file("read", file, &error));
-    }
-    let mut content = Vec::new();
-    match std::io::stdin().read_to_end(&mut content) {
-        Ok(_) => Ok(content),
-        Err(error) => Err(Failure::new(Exit::Failed, "cannot read stdin").why(error.to_string())),
-    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Folders on this machine: read for `apply` and `diff`, written by `export`.
 
 use std::fs::{self, OpenOptions};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -57,10 +57,28 @@ pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
     let failed = |error: std::io::Error| Failure::file("read", path, &error);
     let size = fs::metadata(path).map_err(failed)?.len();
     if size > FILE_MAX {
-        return Err(Failure::new(Exit::Usage, format!("cannot apply {}", path.display()))
-            .why(format!("it has {}, the cluster keeps files up to 1 MiB", output::size(size))));
+        return Err(too_large(&path.display().to_string(), &format!("{size} bytes")));
     }
     fs::read(path).map_err(failed)
+}
+
+/// A file's content, or what comes from stdin for `-`, if it is not larger than a file can be.
+pub(super) fn read_input(file: &Path) -> Result<Vec<u8>, Failure> {
+    if file.as_os_str() != "-" {
+        return read_file(file);
+    }
+    let mut content = Vec::new();
+    let read = std::io::stdin().take(FILE_MAX + 1).read_to_end(&mut content);
+    read.map_err(|error| Failure::new(Exit::Failed, "cannot read stdin").why(error.to_string()))?;
+    if content.len() as u64 > FILE_MAX {
+        return Err(too_large("what comes from stdin", &format!("more than {FILE_MAX} bytes")));
+    }
+    Ok(content)
+}
+
+fn too_large(what: &str, size: &str) -> Failure {
+    Failure::new(Exit::Usage, format!("cannot take {what}"))
+        .why(format!("it has {size}; the cluster keeps files up to 1 MiB ({FILE_MAX} bytes)"))
 }
 
 /// `config export`: all of people's files at one revision.

@@ -72,6 +72,7 @@ impl FileWriter for TestWriter {
                 StoreError::NoQuorum { .. } => FileRefused::NoQuorum(error.to_string()),
                 StoreError::UnknownOutcome { .. } => FileRefused::Unknown(error.to_string()),
                 StoreError::TooLarge(_) => FileRefused::TooLarge(error.to_string()),
+                StoreError::NoSpace { .. } => FileRefused::Full(error.to_string()),
                 StoreError::Private(_) => FileRefused::Denied(error.to_string()),
                 _ => FileRefused::Busy(error.to_string()),
             }),

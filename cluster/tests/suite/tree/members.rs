@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cluster::Txn;
@@ -234,5 +237,103 @@ fn a_new_leader_is_waited_for_where_it_comes_in_time() -> Outcome {
     assert!(took < Duration::from_secs(15), "{took:?}");
     let third = 3 - leader - survivor;
     wait("the other one shows it", || fs::read(tree.at(third, "f")).is_ok_and(|t| t == b"new"));
+    Ok(())
+}
+
+/// One write of a file of its own: its name, what `close` said, what is said beside it.
+#[derive(Debug, Clone)]
+struct Attempt {
+    name: String,
+    outcome: Result<(), Errno>,
+    note: String,
+}
+
+/// Writes files of its own, one after the other, until it is told to end.
+fn write_on(
+    root: PathBuf,
+    who: String,
+    done: Arc<AtomicUsize>,
+    end: Arc<AtomicBool>,
+) -> Vec<Attempt> {
+    let mut attempts = Vec::new();
+    for number in 0.. {
+        if end.load(Ordering::SeqCst) {
+            break;
+        }
+        // A document is committed once, a plain file as it is made and when it is closed.
+        let name = format!("{who}-{number}{}", if number % 2 == 0 { ".toml" } else { "" });
+        let outcome = write(&root.join(&name), name.as_bytes());
+        let note = fs::read_to_string(root.join(format!("{name}.error"))).unwrap_or_default();
+        done.fetch_add(usize::from(outcome.is_ok()), Ordering::SeqCst);
+        attempts.push(Attempt { name, outcome, note });
+    }
+    attempts
+}
+
+#[test]
+fn a_write_while_the_leader_dies_is_done_or_not_or_said_to_be_unknown() -> Outcome {
+    if !can_mount("a_write_while_the_leader_dies_is_done_or_not_or_said_to_be_unknown") {
+        return Ok(());
+    }
+    let mut tree = Mounted::new(3)?;
+    let leader = tree.lab.leader()?;
+    tree.unmount(leader);
+    let survivors: Vec<usize> = (0..3).filter(|member| *member != leader).collect();
+    let (done, end) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let all = Arc::new(Mutex::new(Vec::new()));
+    let threads: Vec<_> = survivors
+        .iter()
+        .flat_map(|member| (0..4).map(move |thread| (*member, thread)))
+        .map(|(member, thread)| {
+            let (root, done, end, all) =
+                (tree.at(member, ""), done.clone(), end.clone(), all.clone());
+            std::thread::spawn(move || {
+                let attempts = write_on(root, format!("m{member}t{thread}"), done, end);
+                all.lock().unwrap_or_else(PoisonError::into_inner).extend(attempts);
+            })
+        })
+        .collect();
+    let more = |count: usize| {
+        let before = done.load(Ordering::SeqCst);
+        wait("files are written", || done.load(Ordering::SeqCst) >= before + count)
+    };
+    more(20);
+    tree.lab.nodes[leader].kill();
+    // At most one of each thread was still on its way.
+    more(8);
+    more(20);
+    end.store(true, Ordering::SeqCst);
+    for thread in threads {
+        thread.join().map_err(|_| "a writer panicked")?;
+    }
+    let attempts = all.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let (mut refused, mut unknown) = (0, 0);
+    for Attempt { name, outcome, note } in &attempts {
+        match outcome {
+            Ok(()) => {
+                for member in &survivors {
+                    wait("what was acknowledged is there", || {
+                        fs::read(tree.at(*member, name)).is_ok_and(|text| text == name.as_bytes())
+                    });
+                }
+            }
+            Err(Errno::EROFS | Errno::EIO) if note.contains("the outcome is unknown") => {
+                unknown += 1
+            }
+            // Whoever is told nothing of an unknown outcome relies on it.
+            Err(Errno::EROFS) => {
+                refused += 1;
+                let stored = tree.lab.nodes[survivors[0]].run({
+                    let name = name.clone();
+                    move |c| async move { c.get(&name, cluster::Consistency::Linearizable).await }
+                })??;
+                // A plain file may have been made before its content was refused.
+                let content = stored.0.map(|kv| kv.value).unwrap_or_default();
+                assert!(content.is_empty(), "{name} was refused, and is there: {note:?}");
+            }
+            Err(other) => panic!("{name}: {other}, {note:?}"),
+        }
+    }
+    println!("{} writes, {refused} refused, {unknown} of unknown outcome", attempts.len());
     Ok(())
 }

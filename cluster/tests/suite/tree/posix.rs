@@ -255,6 +255,117 @@ fn limits_have_their_own_errors() -> Outcome {
 }
 
 #[test]
+fn names_that_no_file_may_have_are_refused_everywhere() -> Outcome {
+    use std::os::unix::ffi::OsStrExt as _;
+    if !can_mount("names_that_no_file_may_have_are_refused_everywhere") {
+        return Ok(());
+    }
+    let tree = Mounted::new(1)?;
+    write(&tree.path("good"), b"content")?;
+    let before = names(&tree.path(""))?;
+    let long = "x".repeat(300);
+    let cases: [(&[u8], Errno); 7] = [
+        (b"bad\xff", Errno::EILSEQ),
+        (b"bad\xc3\x28.toml", Errno::EILSEQ),
+        (b"a\nb", Errno::EINVAL),
+        (b"a\x7fb", Errno::EINVAL),
+        (b"\x1b[2J", Errno::EINVAL),
+        ("a\u{85}b".as_bytes(), Errno::EINVAL),
+        (long.as_bytes(), Errno::ENAMETOOLONG),
+    ];
+    for (bytes, expected) in cases {
+        let name = std::ffi::OsStr::from_bytes(bytes);
+        let path = tree.path("").join(name);
+        assert_eq!(failure(create(&path, 0)), expected, "create {name:?}");
+        assert_eq!(failure(create(&path, libc::O_EXCL)), expected, "create {name:?}");
+        assert_eq!(failure(fs::create_dir(&path)), expected, "mkdir {name:?}");
+        assert_eq!(failure(fs::rename(tree.path("good"), &path)), expected, "rename {name:?}");
+        assert_eq!(failure(fs::rename(&path, tree.path("other"))), expected, "from {name:?}");
+        assert_eq!(failure(fs::remove_file(&path)), expected, "unlink {name:?}");
+        assert_eq!(failure(fs::remove_dir(&path)), expected, "rmdir {name:?}");
+        assert_eq!(failure(fs::metadata(&path)), expected, "stat {name:?}");
+    }
+    // Not above its top: that is the folder it is mounted in.
+    assert_eq!(fs::canonicalize(tree.path("vms/../.."))?, fs::canonicalize(tree.folder())?);
+    assert_eq!(
+        (names(&tree.path(""))?, fs::read(tree.path("good"))?),
+        (before, b"content".to_vec())
+    );
+    // What the store has of such keys (by another way in) is not shown, and harms nothing.
+    tree.txn(0, Txn::new().put("a/../b", "x").put("//", "x").put("a//b", "x").put("ok/f", "x"))?;
+    wait("what can be shown is", || tree.path("ok/f").exists());
+    assert!(!names(&tree.path(""))?.contains(&"a".to_owned()));
+    Ok(())
+}
+
+/// Reads what a watch of this kind has seen, waiting for it: masks and names.
+fn seen(inotify: libc::c_int) -> Outcome<Vec<(u32, String)>> {
+    let mut ready = libc::pollfd { fd: inotify, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one entry, as said.
+    if unsafe { libc::poll(&raw mut ready, 1, 20_000) } != 1 {
+        return Err("nothing was seen".into());
+    }
+    let mut bytes = vec![0u8; 64 << 10];
+    // SAFETY: the buffer has the length given.
+    let length = unsafe { libc::read(inotify, bytes.as_mut_ptr().cast(), bytes.len()) };
+    let length = usize::try_from(length).map_err(|_| std::io::Error::last_os_error())?;
+    let (mut events, mut rest) = (Vec::new(), &bytes[..length]);
+    // Watch, mask, cookie, length of the name, the name with zeros after it.
+    while let Some((head, tail)) = rest.split_at_checked(16) {
+        let mask = u32::from_ne_bytes(head[4..8].try_into()?);
+        let size = usize::try_from(u32::from_ne_bytes(head[12..16].try_into()?))?;
+        let (name, after) = tail.split_at_checked(size).ok_or("an event is cut off")?;
+        let name = String::from_utf8_lossy(name).trim_end_matches('\0').to_owned();
+        events.push((mask, name));
+        rest = after;
+    }
+    Ok(events)
+}
+
+/// What is done on this node is seen as of any file system; of what others do, that a file went. For
+/// everything there is `clusterctl config watch`.
+#[test]
+fn who_watches_by_inotify_hears_of_changes() -> Outcome {
+    use std::os::fd::{FromRawFd as _, OwnedFd};
+    use std::os::unix::ffi::OsStrExt as _;
+    if !can_mount("who_watches_by_inotify_hears_of_changes") {
+        return Ok(());
+    }
+    let tree = Mounted::new(1)?;
+    write(&tree.path("vms/web.toml"), b"one")?;
+    // SAFETY: a new descriptor, owned here alone.
+    let inotify = unsafe { OwnedFd::from_raw_fd(libc::inotify_init1(libc::IN_CLOEXEC)) };
+    let watch = |path: &std::path::Path, mask: u32| -> Outcome {
+        let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+        // SAFETY: the path ends with a zero byte.
+        let added = unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), mask) };
+        if added < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
+    };
+    let folder = libc::IN_CLOSE_WRITE | libc::IN_MOVED_TO | libc::IN_DELETE;
+    watch(&tree.path("vms"), folder)?;
+    let hears = |wanted: (u32, &str)| -> Outcome {
+        loop {
+            let events = seen(inotify.as_raw_fd())?;
+            if events.iter().any(|(mask, name)| mask & wanted.0 != 0 && name == wanted.1) {
+                return Ok(());
+            }
+        }
+    };
+    write(&tree.path("vms/web.toml"), b"two")?;
+    hears((libc::IN_CLOSE_WRITE, "web.toml"))?;
+    write(&tree.path("new"), b"three")?;
+    fs::rename(tree.path("new"), tree.path("vms/web.toml"))?;
+    hears((libc::IN_MOVED_TO, "web.toml"))?;
+    write(&tree.path("vms/db.toml"), b"x")?;
+    fs::remove_file(tree.path("vms/db.toml"))?;
+    hears((libc::IN_DELETE, "db.toml"))?;
+    watch(&tree.path("vms/web.toml"), libc::IN_DELETE_SELF)?;
+    tree.txn(0, Txn::new().delete("vms/web.toml"))?;
+    hears((libc::IN_DELETE_SELF, ""))?;
+    Ok(())
+}
+
+#[test]
 fn modes_owners_and_times_answer_as_programs_need_it() -> Outcome {
     if !can_mount("modes_owners_and_times_answer_as_programs_need_it") {
         return Ok(());
@@ -540,13 +651,18 @@ fn a_writer_that_hangs_hangs_nobody_else() -> Outcome {
         assert!(one.elapsed() < Duration::from_secs(1), "{:?}", one.elapsed());
     }
     // The kernel itself lets nobody into a folder in which something is being moved.
-    assert_eq!(names(&tree.path("d"))?, ["f"]);
+    assert_eq!(names(&tree.path("d"))?, ["f", "g.error"]);
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
     let (written, moved) = (writing.join(), moving.join());
     assert_eq!((written.ok(), moved.ok()), (Some(Err(Errno::EIO)), Some(Err(Errno::EIO))));
     assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    for note in ["f.error", "d/g.error"] {
+        let reason = fs::read_to_string(tree.path(note))?;
+        assert!(reason.contains("the outcome is unknown"), "{note}: {reason}");
+    }
     tree.writers[0].store(false, std::sync::atomic::Ordering::SeqCst);
     write(&tree.path("f"), b"again")?;
+    assert!(!tree.path("f.error").exists(), "it is well again");
     Ok(())
 }
 

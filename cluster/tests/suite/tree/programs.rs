@@ -35,6 +35,23 @@ fn has(test: &str, program: &str) -> bool {
     false
 }
 
+/// Compares two folders with all that is in them, byte by byte.
+fn same(one: &Path, other: &Path) -> Outcome<usize> {
+    let (left, right) = (names(one)?, names(other)?);
+    assert_eq!(left, right, "{} and {}", one.display(), other.display());
+    let mut files = 0;
+    for name in left {
+        let (one, other) = (one.join(&name), other.join(&name));
+        files += if one.is_dir() {
+            same(&one, &other)?
+        } else {
+            assert!(fs::read(&one)? == fs::read(&other)?, "{} differs", one.display());
+            1
+        };
+    }
+    Ok(files)
+}
+
 /// What the store has at a path.
 fn stored(tree: &Mounted, path: &str) -> Outcome<Option<String>> {
     let path = path.to_owned();
@@ -192,6 +209,13 @@ fn git_clones_into_it_and_works_there() -> Outcome {
             clone.display()
         ),
     )?;
+    // Copied out it is the same, to the byte, and a sound repository.
+    let copy = tree.folder().join("copy");
+    run(&top, &format!("cp -r clone {}", copy.display()))?;
+    let files = same(&clone, &copy)?;
+    assert!(files > 40, "only {files} files were compared");
+    run(&copy, &format!("{git} fsck --full --strict && test -z \"$({git} status --porcelain)\""))?;
+    run(&copy, &format!("{git} log --format=%s | tr '\\n' ' ' | grep -qx 'three two one '"))?;
     run(&top, "rm -rf clone && test ! -e clone")?;
     wait("nothing of it is left in the store", || {
         stored(&tree, "clone/c/new").is_ok_and(|s| s.is_none())
