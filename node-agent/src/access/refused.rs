@@ -16,8 +16,11 @@ pub enum Refused {
     /// Nobody is at the other end.
     #[error("no identity on this connection")]
     Nobody,
-    /// The documents were not read.
-    #[error("this node does not know yet who may do what: it has not read access/; try again")]
+    /// The documents were not read, or that there are none is not confirmed.
+    #[error(
+        "this node does not know yet who may do what: no quorum has told it since it started whether \
+         access/ is empty; try again, ask another node, or work as root on the node"
+    )]
     Unread,
     /// A client's role is too small, or it has none.
     #[error(

@@ -2,6 +2,10 @@
 //!
 //! A request costs a look into memory, and no quorum. A node that is cut off goes on with what it
 //! knew; it can change nothing then, and shows what it has.
+//!
+//! Invariant: that there is no document is believed only once a quorum has confirmed that this node
+//! is up to date. A node that has joined just now, or was off for long, would else take everybody for
+//! an administrator until it has caught up.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +14,7 @@ use cluster::Consistency;
 use futures::StreamExt as _;
 use proto::documents::{Role, RolesByName, roles};
 use proto::{Name, Revision, keys};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::store::Store;
 
@@ -74,15 +78,12 @@ impl Roles {
 #[derive(Debug, Clone, Default)]
 pub struct Access {
     roles: Arc<watch::Sender<Roles>>,
+    /// Whether this node has been up to date since it started. Held while the documents are read: the
+    /// later one of two reads counts.
+    confirmed: Arc<Mutex<bool>>,
 }
 
 impl Access {
-    /// With roles that stay as they are.
-    #[must_use]
-    pub fn fixed(roles: Roles) -> Self {
-        Self { roles: Arc::new(watch::Sender::new(roles)) }
-    }
-
     /// What is known now.
     #[must_use]
     pub fn roles(&self) -> Roles {
@@ -107,11 +108,20 @@ impl Access {
     /// # Errors
     /// The store's.
     pub async fn load(&self, store: &Store) -> anyhow::Result<Revision> {
+        let confirmed = self.confirmed.lock().await;
+        self.read(store, *confirmed).await
+    }
+
+    async fn read(&self, store: &Store, confirmed: bool) -> anyhow::Result<Revision> {
         let range = store.cluster().range(keys::ACCESS, "", 0, Consistency::Stale).await;
         let known = match &range {
             Ok(range) => {
                 let files = range.kvs.iter().map(|kv| (kv.key.as_str(), kv.value.as_slice()));
-                Roles::Read(Arc::new(roles(files)))
+                let documents = roles(files);
+                match documents.is_empty() && !confirmed {
+                    true => Roles::Unread,
+                    false => Roles::Read(Arc::new(documents)),
+                }
             }
             Err(_) => Roles::Unread,
         };
@@ -125,6 +135,27 @@ impl Access {
 
     /// Follows the documents until the task is dropped.
     pub async fn follow(&self, store: &Store) {
+        futures::join!(self.confirm(store), self.follow_changes(store));
+    }
+
+    /// Asks a quorum until it answers.
+    async fn confirm(&self, store: &Store) {
+        loop {
+            let asked = store.cluster().get(keys::ADMINISTRATION, Consistency::Linearizable).await;
+            match asked {
+                Ok(_) => break,
+                Err(error) => tracing::debug!("who may do what is not confirmed yet: {error}"),
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        let mut confirmed = self.confirmed.lock().await;
+        *confirmed = true;
+        if let Err(error) = self.read(store, true).await {
+            tracing::warn!("the documents under access/ cannot be read: {error}");
+        }
+    }
+
+    async fn follow_changes(&self, store: &Store) {
         loop {
             if let Err(error) = self.follow_once(store).await {
                 tracing::warn!("following the documents under access/: {error}; again");

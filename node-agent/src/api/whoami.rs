@@ -49,6 +49,6 @@ fn reason(peer: &PeerIdentity, has: Has) -> String {
         Has::Role(_) => format!("access/{name}.toml"),
         Has::Nothing => format!("there is no access/{name}.toml; {ask}"),
         Has::Broken => format!("access/{name}.toml does not hold; {ask}"),
-        Has::Unread => "this node has not read access/ yet; try again".to_owned(),
+        Has::Unread => "this node does not know yet whether access/ is empty; try again".to_owned(),
     }
 }

@@ -1,5 +1,6 @@
 //! Clients with certificates of their own, over mutual TLS.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 /// A certificate with its key, PEM.
 pub(crate) struct Papers {
     key: String,
-    pub(crate) certificate: String,
+    certificate: String,
     ca: String,
     /// What the one who issued it said of its role.
     pub(crate) role: String,
@@ -42,6 +43,12 @@ pub(crate) async fn papers(rig: &Rig, name: &str) -> Papers {
 
 /// A connection to a node's API port.
 pub(crate) fn dial(rig: &Rig, papers: &Papers) -> Channel {
+    let node = rig.agent.node().unwrap();
+    dial_at(rig.config.listen, node.cluster().cluster_id(), papers)
+}
+
+/// A connection to what may become a node of a cluster.
+pub(crate) fn dial_at(address: SocketAddr, cluster: &str, papers: &Papers) -> Channel {
     let pem = |text: &str| CertificateDer::from_pem_slice(text.as_bytes()).unwrap();
     let mut roots = rustls::RootCertStore::empty();
     roots.add(pem(&papers.ca)).unwrap();
@@ -54,9 +61,8 @@ pub(crate) fn dial(rig: &Rig, papers: &Papers) -> Channel {
         .with_client_auth_cert(vec![pem(&papers.certificate)], key)
         .unwrap();
     tls.alpn_protocols = vec![b"h2".to_vec()];
-    let (tls, address) = (Arc::new(tls), rig.config.listen);
-    let node = rig.agent.node().unwrap();
-    let name = ServerName::try_from(format!("{}.holdfast", node.cluster().cluster_id())).unwrap();
+    let tls = Arc::new(tls);
+    let name = ServerName::try_from(format!("{cluster}.holdfast")).unwrap();
     let connector = tower::service_fn(move |_| {
         let (tls, name) = (tls.clone(), name.clone());
         async move {

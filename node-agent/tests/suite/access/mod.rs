@@ -5,8 +5,8 @@ mod client;
 use std::time::{Duration, Instant};
 
 use client::{
-    LIMIT, client, commit, committed, denied, dial, file, get, has_role, not_committed, papers,
-    role, who,
+    LIMIT, client, commit, committed, denied, dial, dial_at, file, get, has_role, not_committed,
+    papers, role, who,
 };
 use proto::v1::config_client::ConfigClient;
 use proto::v1::ha_client::HaClient;
@@ -184,6 +184,9 @@ async fn each_client_may_do_what_its_role_says_at_every_node() {
     let eve = papers(&first, "eve").await;
     assert_eq!(eve.role, "admin");
     let eve = [&first, &second].map(|rig| dial(rig, &eve));
+    for eve in &eve {
+        has_role(eve, "admin").await;
+    }
     let told = who(&eve[0]).await;
     assert_eq!((told.kind.as_str(), told.name.as_str()), ("client", "eve"));
     assert!(told.reason.contains("no document under access/"), "{told:?}");
@@ -309,6 +312,39 @@ async fn a_change_of_roles_acts_on_open_connections_and_streams() {
     second.agent.end().await;
 }
 
+/// It begins without any document: that is not to be taken for a cluster without any.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_joins_lets_nobody_in_before_it_knows_who_may() {
+    let (_dirs, first, second) = two().await;
+    let eve = papers(&first, "eve").await;
+    committed(&first.channel, &[role("ann", "admin")]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let third = Rig::new(dir.path()).await;
+    let node = first.agent.node().unwrap();
+    let channel = dial_at(third.config.listen, node.cluster().cluster_id(), &eve);
+    let knocking = tokio::spawn(async move {
+        let (begin, mut served) = (Instant::now(), 0);
+        loop {
+            let status = token(&channel).await.unwrap_err();
+            if std::error::Error::source(&status).is_none() {
+                served += 1;
+            }
+            if status.code() == Code::PermissionDenied {
+                denied::<()>(Err(status), "eve", "admin");
+                return served;
+            }
+            assert!(begin.elapsed() < LIMIT, "{status}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    third.join(&first, "n3").await;
+    let served = tokio::time::timeout(LIMIT, knocking).await.unwrap().unwrap();
+    eprintln!("{served} answers until it knew");
+    for rig in [first, second, third] {
+        rig.agent.end().await;
+    }
+}
+
 async fn revoke(channel: &Channel, what: &str) -> Result<(), Status> {
     let request = RevokeCertificatesRequest { what: what.into() };
     MembershipClient::new(channel.clone()).revoke_certificates(request).await.map(drop)
@@ -319,6 +355,7 @@ async fn there_is_always_one_administrator_by_the_api_and_by_revocation() {
     let (_dirs, first, second) = two().await;
     let last = "no administrator would be left";
     let (ann, eve) = (client(&first, "ann").await, client(&second, "eve").await);
+    has_role(&eve, "admin").await;
     committed(&eve, &[role("ann", "admin"), role("bob", "viewer")]).await;
     has_role(&ann, "admin").await;
     not_committed(&ann, &[role("ann", "")], last).await;
