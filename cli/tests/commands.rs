@@ -342,6 +342,23 @@ fn copies_that_differ_are_a_failure_that_names_the_node() {
 }
 
 #[test]
+fn one_is_told_who_one_is_and_what_one_may_do() {
+    let mock = Mock::start();
+    let ran = mock.run(&["cluster", "whoami"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    for words in ["client ann", "viewer", "access/ann.toml"] {
+        assert!(ran.stdout.contains(words), "{ran:?}");
+    }
+    assert!(!ran.stdout.contains("Vms.Start"), "{ran:?}");
+    let ran = mock.run(&["cluster", "whoami", "--calls"]);
+    let last: Vec<_> = ran.stdout.lines().last().unwrap_or_default().split_whitespace().collect();
+    assert_eq!(last, ["Vms.Start", "operator", "no", "-"], "{ran:?}");
+    let json = mock.run(&["cluster", "whoami", "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!((&json["role"], &json["calls"][0]["allowed"]), (&"viewer".into(), &true.into()));
+}
+
+#[test]
 fn certificates_are_listed_renewed_and_revoked() {
     let mock = Mock::start();
     let ran = mock.run(&["cluster", "cert", "list"]);

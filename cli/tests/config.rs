@@ -169,6 +169,17 @@ fn keys_are_set_with_comments_kept_and_the_difference_shown() {
 }
 
 #[test]
+fn a_role_is_given_by_setting_it() {
+    let mock = filled();
+    let done = good(mock.run(&["config", "set", "access/ann", "role=operator"]));
+    assert!(done.contains("access/ann.toml") && done.ends_with("revision 5\n"), "{done}");
+    let ann = || store(&mock).get("access/ann.toml");
+    assert_eq!(ann().as_deref(), Some("role = \"operator\"\n"));
+    good(mock.run(&["config", "set", "access/ann", "role=admin"]));
+    assert_eq!(ann().as_deref(), Some("role = \"admin\"\n"));
+}
+
+#[test]
 fn keys_are_set_in_what_somebody_else_made_of_it_meanwhile() {
     let mock = filled();
     let theirs = WEB.replace("cpus = 2", "cpus = 3");

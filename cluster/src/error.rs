@@ -322,6 +322,11 @@ pub enum MembershipError {
         "no certificate is of a client `{0}` or has this serial number; see `clusterctl cluster cert list`"
     )]
     UnknownCertificate(String),
+    /// The cluster would have no administrator who can come in.
+    #[error(
+        "`{0}` would be without a certificate, and no other administrator (access/NAME.toml) has one: give somebody else who has a certificate the role first (`clusterctl config set access/NAME role=admin`), or, on a node as root, make `{0}` another certificate (`clusterctl context create-admin NAME --client-name {0}`) and revoke the old one by its serial number"
+    )]
+    LastAdministrator(String),
     /// A node goes on with the certificate that it has.
     #[error("the node did not get a new certificate: {0}; it goes on with the one that it has")]
     NotRenewed(String),

@@ -42,6 +42,7 @@ impl From<MembershipError> for Status {
             MembershipError::QuorumAtRisk { .. }
             | MembershipError::LastNode(_)
             | MembershipError::OwnsVms { .. }
+            | MembershipError::LastAdministrator(_)
             | MembershipError::Itself(_) => Self::failed_precondition(text),
             MembershipError::Invalid(_) => Self::invalid_argument(text),
             MembershipError::Timeout(_) => Self::deadline_exceeded(text),

@@ -31,6 +31,7 @@ use tokio::sync::{Mutex, Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
+use crate::access::{Access, Guard};
 use crate::api::{self, Api, Former};
 use crate::config::Config;
 use crate::documents::Documents;
@@ -181,7 +182,9 @@ impl Agent {
             );
         }
         let api = Api::new(agent.slot.clone());
-        let serve = api::serve_local(api, Arc::new(agent.clone()), socket, agent.stop.clone());
+        let guard = Guard::new(Access::default(), &agent.config.socket_path());
+        let former = Arc::new(agent.clone());
+        let serve = api::serve_local(api, former, guard, socket, agent.stop.clone());
         agent.watch("the local socket", serve);
         Ok((agent, failures))
     }
@@ -244,6 +247,7 @@ impl Agent {
             first_name: name,
             store: Store::new(cluster.clone()),
             board: Board::default(),
+            access: Access::default(),
             supervisor,
             tasks,
             lease: Lease::new(timing),
@@ -255,6 +259,9 @@ impl Agent {
             watchdog: self.keeper.watchdog(),
             config,
         });
+        if let Err(error) = node.access.load(&node.store).await {
+            tracing::warn!("who may do what is not known yet: {error}");
+        }
         let api = Api::new(self.slot.clone());
         self.slot.store(Some(node.clone()));
         let stop = &self.stop;
@@ -265,6 +272,10 @@ impl Agent {
         self.background({
             let node = node.clone();
             async move { node.board.follow(&node.store).await }
+        });
+        self.background({
+            let node = node.clone();
+            async move { node.access.follow(&node.store).await }
         });
         self.background(reconcile::run(node.clone(), exits));
         self.background(ha::run(node.clone()));

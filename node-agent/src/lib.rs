@@ -5,7 +5,7 @@
 //! ```text
 //!            clusterctl (mTLS or the local socket)          other agents (mTLS)
 //!                          │                                       │
-//!                     api/ │ any node takes any request            │ api/peer
+//!            access, api/ │ any node takes any request            │ api/peer
 //!                          ▼                                       ▼
 //!    task/ ◄──────── node::Node ────────► cluster::Cluster (documents, placements, Raft)
 //!                     │      ▲                     │ watch status/vms/
@@ -22,6 +22,7 @@
 //! - A placement changes only by a transaction that compares its revision.
 //! - What is decided is decided in `ha-manager`; this crate executes.
 
+pub mod access;
 pub mod agent;
 pub mod api;
 pub mod clock;

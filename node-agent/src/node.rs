@@ -11,6 +11,7 @@ use proto::v1::NodeReport;
 use proto::{Name, NodeId};
 use tokio::sync::{Notify, watch};
 
+use crate::access::Access;
 use crate::config::Config;
 use crate::ha::Leader;
 use crate::jobs::Jobs;
@@ -33,6 +34,8 @@ pub struct Node {
     pub store: Store,
     /// The placements as this node has applied them.
     pub board: Board,
+    /// Who has which role, as this node has applied it.
+    pub access: Access,
     /// The VM processes here.
     pub supervisor: Supervisor,
     /// The tasks here.

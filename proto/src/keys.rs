@@ -33,6 +33,8 @@ pub const CERTIFICATES: &str = "status/certificates/";
 pub const HA_LEADER: &str = "status/ha/leader";
 /// How the members' copies compared last.
 pub const VERIFICATION: &str = "status/verification";
+/// Who administered last; every transaction that changes who does compares and writes it.
+pub const ADMINISTRATION: &str = "status/administration";
 /// All disk claims.
 pub const DISKS: &str = "status/disks/";
 /// All that is for root alone: CA key, join tokens.

@@ -12,6 +12,7 @@ pub mod document;
 pub mod documents;
 mod ids;
 pub mod keys;
+pub mod methods;
 pub mod record;
 pub mod schema;
 mod size;

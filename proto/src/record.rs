@@ -204,6 +204,14 @@ pub enum RemovalState {
     Removed,
 }
 
+/// Who administers the cluster. Changes that may each leave one administrator, and together none,
+/// meet here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdministrationRecord {
+    /// Those with the role `admin` by their documents, who have a certificate or not.
+    pub administrators: Vec<Name>,
+}
+
 /// How the members' copies of the configuration compared, each at the same place of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerificationRecord {

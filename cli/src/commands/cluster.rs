@@ -4,6 +4,7 @@ mod backup;
 mod certificates;
 mod restore;
 mod verify;
+mod whoami;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -51,6 +52,13 @@ pub(crate) enum Command {
         after_help = "Exit code 4 where the node belongs to no cluster yet.\n\nExamples:\n  clusterctl cluster status\n  clusterctl cluster status -o json"
     )]
     Status,
+    /// Who you are to the cluster, by your certificate, and what you may do
+    #[command(visible_alias = "who-am-i", after_help = whoami::AFTER_HELP)]
+    Whoami {
+        /// Each call of the API with what it needs
+        #[arg(long)]
+        calls: bool,
+    },
     /// Compare the members' copies of the configuration, each at the same place of the log
     #[command(
         after_help = "The leader does the same each hour; `clusterctl cluster status` shows how the last one ended.\nExit code 1 where copies differ, or a member could not be compared.\n\nExamples:\n  clusterctl cluster verify"
@@ -168,6 +176,7 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
                 }
             }
         }
+        Command::Whoami { calls } => whoami::run(session, client, calls).await,
         Command::Verify => verify::run(session, client).await,
         Command::Backup { file, stale, force } => {
             backup::run(session, client, &file, stale, force).await

@@ -105,7 +105,7 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<(), Failure
             check_new(&known, &name, force)?;
             let client = client_name.or_else(|| std::env::var("USER").ok());
             let client = client.filter(|client| !client.is_empty()).unwrap_or("admin".to_owned());
-            let (key, issued) = issue(global, client).await?;
+            let (key, issued) = issue(global, client.clone()).await?;
             let own = |file: &str| PathBuf::from(&name).join(file);
             let addresses = if addresses.is_empty() { issued.api_addresses } else { addresses };
             write_private(&folder.join(own("key.pem")), key.as_bytes())?;
@@ -118,7 +118,13 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<(), Failure
                 key: own("key.pem"),
             };
             known.contexts.insert(name.clone(), context);
-            finish(global, &folder, known, name, use_it)
+            finish(global, &folder, known, name, use_it)?;
+            if issued.role.is_empty() {
+                eprintln!(
+                    "`{client}` may do nothing yet: give it a role with `clusterctl config set access/{client} role=viewer` (or operator, admin)"
+                );
+            }
+            Ok(())
         }
         Command::List => {
             let shown: Vec<_> =

@@ -363,6 +363,21 @@ impl v1::membership_server::Membership for Agent {
     async fn verify(&self, _: Request<v1::VerifyRequest>) -> Answer<v1::Verification> {
         Ok(Response::new(self.0.verification.lock().unwrap().clone()))
     }
+    async fn who_am_i(&self, _: Request<v1::WhoAmIRequest>) -> Answer<v1::WhoAmIResponse> {
+        let right = |call: &str, needs: &str, allowed| v1::CallRight {
+            call: call.into(),
+            needs: needs.into(),
+            detail: String::new(),
+            allowed,
+        };
+        Ok(Response::new(v1::WhoAmIResponse {
+            kind: "client".into(),
+            name: "ann".into(),
+            role: "viewer".into(),
+            reason: "access/ann.toml".into(),
+            calls: vec![right("Vms.Show", "viewer", true), right("Vms.Start", "operator", false)],
+        }))
+    }
     async fn issue_client(
         &self,
         _: Request<v1::IssueClientRequest>,

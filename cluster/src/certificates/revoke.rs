@@ -1,13 +1,16 @@
 //! Revocation: written into the records; each member follows them (`node/denied.rs`).
 
-use proto::record::{CertificateHolder, Revocation};
-use proto::{keys, v1};
+use std::collections::BTreeSet;
+
+use proto::documents::{Role, roles};
+use proto::record::{AdministrationRecord, CertificateHolder, Revocation};
+use proto::{Name, Revision, keys, v1};
 
 use super::list::show;
 use super::{ATTEMPTS, Known, all, removed, shown_since};
 use crate::membership::{to_json, unix_now_s};
 use crate::node::Node;
-use crate::{Consistency, MembershipError, Txn};
+use crate::{Consistency, MembershipError, StoreError, Txn};
 
 /// Fewer characters of a serial number could be those of several.
 const SERIAL_MIN: usize = 8;
@@ -41,6 +44,8 @@ pub(crate) async fn revoke(
             return Err(MembershipError::UnknownCertificate(wanted.to_owned()));
         }
         let removed = removed(node).await?;
+        let administration = Administration::read(node).await?;
+        let touched = administration.without(&known, &chosen, now_unix_s)?;
         let (mut txn, mut shown) = (Txn::new().by(by), Vec::new());
         for one in chosen {
             let mut one = one.clone();
@@ -53,11 +58,73 @@ pub(crate) async fn revoke(
             }
             shown.push(show(node, &one, now_unix_s, &since, &removed));
         }
+        if touched && !txn.is_empty() {
+            txn = administration.compared(txn)?;
+        }
         if txn.is_empty() || node.txn(txn).await?.committed() {
             return Ok(shown);
         }
     }
     Err(MembershipError::Invalid("its records are being changed by others; try again".to_owned()))
+}
+
+/// Who administers by the documents under `access/`, and the revision of the record that every change
+/// of that compares and writes.
+#[derive(Debug)]
+struct Administration {
+    administrators: BTreeSet<Name>,
+    revision: Revision,
+}
+
+impl Administration {
+    async fn read(node: &Node) -> Result<Self, StoreError> {
+        // Before the documents: a change between the two reads makes the transaction come to nothing.
+        let (record, _) = node.get(keys::ADMINISTRATION, Consistency::Linearizable).await?;
+        let files = node.range(keys::ACCESS, "", 0, Consistency::Stale, false).await?.kvs;
+        let roles = roles(files.iter().map(|kv| (kv.key.as_str(), kv.value.as_slice())));
+        let administrators = roles.into_iter().filter(|(_, role)| *role == Some(Role::Admin));
+        Ok(Self {
+            administrators: administrators.map(|(name, _)| name).collect(),
+            revision: record.map_or(Revision(0), |kv| kv.mod_revision),
+        })
+    }
+
+    /// Whether one of them loses a certificate. An error where the last that they have would go; what
+    /// is over, by this node's clock, lets nobody in.
+    fn without(
+        &self,
+        known: &[Known],
+        chosen: &[&Known],
+        now_unix_s: u64,
+    ) -> Result<bool, MembershipError> {
+        let administrator = |of: &Known| match &of.record.holder {
+            CertificateHolder::Client(name) => {
+                self.administrators.iter().any(|known| known.as_str() == name).then(|| name.clone())
+            }
+            CertificateHolder::Node(_) => None,
+        };
+        let is_good = |of: &&Known| {
+            let record = &of.record;
+            record.revoked.is_none()
+                && record.expires_unix_s > now_unix_s
+                && administrator(of).is_some()
+        };
+        let goes = |of: &Known| chosen.iter().any(|chosen| chosen.serial == of.serial);
+        let lost = known.iter().filter(is_good).find(|of| goes(of)).and_then(administrator);
+        let Some(lost) = lost else { return Ok(false) };
+        match known.iter().filter(is_good).any(|of| !goes(of)) {
+            true => Ok(true),
+            false => Err(MembershipError::LastAdministrator(lost)),
+        }
+    }
+
+    /// Of two changes that each leave one, one is judged again.
+    fn compared(&self, txn: Txn) -> Result<Txn, StoreError> {
+        let administrators = self.administrators.iter().cloned().collect();
+        let record = to_json(&AdministrationRecord { administrators })?;
+        let key = keys::ADMINISTRATION;
+        Ok(txn.if_revision(key, self.revision).put(key, record))
+    }
 }
 
 /// What a member works with is replaced first: without it the node would be out of the cluster. That
@@ -80,6 +147,39 @@ mod tests {
 
     use super::super::tests::{NOW, known};
     use super::*;
+
+    #[test]
+    fn the_last_certificate_of_an_administrator_is_not_revoked() {
+        let of = |serial: &str, name: &str, issued: u64| {
+            known(serial, CertificateHolder::Client(name.to_owned()), issued)
+        };
+        // All end 1200 s after their issue.
+        let all = [
+            of("a1", "ann", NOW),
+            of("a2", "ann", NOW),
+            of("b1", "bob", NOW),
+            of("b0", "bob", NOW - 5000),
+            of("e1", "eve", NOW),
+        ];
+        let judged = |administrators: &[&str], goes: &[usize]| {
+            let administrators = administrators.iter().map(|name| name.parse().unwrap()).collect();
+            let chosen: Vec<&Known> = goes.iter().map(|index| &all[*index]).collect();
+            let administration = Administration { administrators, revision: Revision(0) };
+            administration.without(&all, &chosen, NOW).map_err(|error| error.to_string())
+        };
+        // Without documents nobody is one, and a viewer's goes as it likes.
+        assert_eq!(judged(&[], &[0, 1, 2, 4]), Ok(false));
+        assert_eq!(judged(&["ann"], &[2, 4]), Ok(false));
+        // Another of her own, or of another administrator.
+        assert_eq!(judged(&["ann"], &[0]), Ok(true));
+        assert_eq!(judged(&["ann", "bob"], &[0, 1]), Ok(true));
+        let refused = judged(&["ann"], &[0, 1]).unwrap_err();
+        assert!(refused.contains("`ann` would be without") && refused.contains("create-admin"));
+        assert!(judged(&["ann", "bob"], &[0, 1, 2]).is_err(), "what is over lets nobody in");
+        // Who never had a certificate is no help, and what is over is no loss.
+        assert!(judged(&["ann", "zoe"], &[0, 1]).is_err());
+        assert_eq!(judged(&["bob"], &[3]), Ok(false));
+    }
 
     #[test]
     fn a_name_means_all_of_a_client_and_a_serial_number_one_certificate() {

@@ -10,7 +10,7 @@ pub(crate) use config::{Credentials, enrol_client, enrol_server, member_client, 
 pub(crate) use connect::{channel, connect};
 pub use listen::TlsConnection;
 pub(crate) use listen::{Admit, incoming};
-pub use peer::{PeerIdentity, peer, require_any, require_node};
+pub use peer::{PeerIdentity, peer, peer_of, require_any, require_node};
 pub(crate) use trust::{Denied, Guarded, Refusal, Trust};
 
 /// What a service learns about the connection a request came in on (a request extension, as

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use proto::NodeId;
-use tonic::{Request, Status};
+use tonic::{Extensions, Request, Status};
 
 /// The authenticated other end.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,10 +29,16 @@ impl fmt::Display for PeerIdentity {
 /// Who sent the request: from the TLS connection, or root over a Unix socket. None: nobody known.
 #[must_use]
 pub fn peer<T>(request: &Request<T>) -> Option<PeerIdentity> {
-    if let Some(info) = request.extensions().get::<Option<super::ConnectInfo>>() {
+    peer_of(request.extensions())
+}
+
+/// As [`peer`], by a request's extensions.
+#[must_use]
+pub fn peer_of(extensions: &Extensions) -> Option<PeerIdentity> {
+    if let Some(info) = extensions.get::<Option<super::ConnectInfo>>() {
         return info.as_ref().map(|info| info.peer.clone());
     }
-    let uds = request.extensions().get::<tonic::transport::server::UdsConnectInfo>()?;
+    let uds = extensions.get::<tonic::transport::server::UdsConnectInfo>()?;
     (uds.peer_cred.as_ref()?.uid() == 0).then_some(PeerIdentity::LocalRoot)
 }
 

@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 
 use super::forward::{Caller, leader_channel};
 use super::{Answers, Api};
+use crate::access::may_write;
 use crate::documents::{self, Refusal, Wanted};
 use crate::node::Node;
 use crate::store::store_status;
@@ -50,6 +51,14 @@ fn check_write(key: &str) -> Result<(), Status> {
             Err(Status::invalid_argument(refused.to_string()))
         }
     }
+}
+
+/// The key of a write.
+fn written(write: &v1::WriteOp) -> Option<&str> {
+    Some(match write.op.as_ref()? {
+        write_op::Op::Put(put) => &put.key,
+        write_op::Op::Delete(delete) => &delete.key,
+    })
 }
 
 fn visible(kv: &KeyValue) -> bool {
@@ -142,7 +151,9 @@ impl Config for Api {
         request: Request<v1::TxnRequest>,
     ) -> Result<Response<v1::TxnResponse>, Status> {
         let (node, caller) = self.admitted(&request)?;
-        let txn = txn(request.into_inner())?.by(caller.user);
+        let message = request.into_inner();
+        may_write(&caller, message.writes.iter().filter_map(written))?;
+        let txn = txn(message)?.by(caller.user);
         let outcome = node.cluster().txn(txn).await.map_err(|error| store_status(&error))?;
         let revision = outcome.revision().0;
         Ok(Response::new(match outcome {
@@ -182,6 +193,8 @@ impl Config for Api {
     ) -> Result<Response<v1::CommitResponse>, Status> {
         let (node, caller) = self.admitted(&request)?;
         let message = request.into_inner();
+        // Before it is passed on: there it comes from a node.
+        may_write(&caller, message.changes.iter().map(|change| change.path.as_str()))?;
         let dry_run = message.dry_run;
         let changes: Vec<FileChange> = message.changes.iter().cloned().map(file_change).collect();
         if documents::need_leader(&changes)

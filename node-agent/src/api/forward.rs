@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use cluster::tls::{PeerIdentity, require_any};
 use proto::NodeId;
+use proto::documents::Role;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
+use crate::access::Granted;
 use crate::node::Node;
 
 const USER: &str = "holdfast-user";
@@ -24,6 +26,8 @@ const HOPS_MAX: u32 = 3;
 pub struct Caller {
     /// For tasks and logs.
     pub user: String,
+    /// What it may do. A node may do all: whomever it asks for was judged there.
+    pub role: Role,
     hops: u32,
 }
 
@@ -38,23 +42,29 @@ impl Caller {
     /// The caller of a request.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED` where the connection carries no identity.
+    /// `UNAUTHENTICATED` where the connection carries no identity, `PERMISSION_DENIED` where no guard
+    /// let the request through.
     pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        let granted = request.extensions().get::<Granted>();
+        let role = granted.map(|granted| granted.role()).ok_or_else(|| {
+            Status::permission_denied("nobody has judged whether this call may be made")
+        });
         let text = |key| request.metadata().get(key).and_then(|value| value.to_str().ok());
         Ok(match require_any(request)? {
             PeerIdentity::Node(id) => Self {
                 user: text(USER).map_or_else(|| format!("node {id}"), str::to_owned),
+                role: role?,
                 hops: text(HOPS).and_then(|hops| hops.parse().ok()).unwrap_or(1),
             },
-            PeerIdentity::Client(name) => Self { user: name, hops: 0 },
-            PeerIdentity::LocalRoot => Self { user: "root".to_owned(), hops: 0 },
+            PeerIdentity::Client(name) => Self { user: name, role: role?, hops: 0 },
+            PeerIdentity::LocalRoot => Self { user: "root".to_owned(), role: role?, hops: 0 },
         })
     }
 
-    /// Somebody on this very node, such as a user of the mounted tree.
+    /// Somebody on this very node, such as a user of the mounted tree, who is root.
     #[must_use]
     pub fn local(user: &str) -> Self {
-        Self { user: user.to_owned(), hops: 0 }
+        Self { user: user.to_owned(), role: Role::Admin, hops: 0 }
     }
 
     /// Whether another node passed this on.

@@ -17,7 +17,7 @@ use proto::v1::{
     RemoveNodeRequest, RemoveNodeResponse, RenewCertificatesRequest, RenewCertificatesResponse,
     RenewedCertificate, RestoreRequest, RestoreResponse, RevokeCertificatesRequest,
     RevokeCertificatesResponse, TransferLeaderRequest, TransferLeaderResponse, Verification,
-    VerifyRequest,
+    VerifyRequest, WhoAmIRequest, WhoAmIResponse,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
@@ -287,14 +287,6 @@ impl Membership for MembershipService {
         request: Request<BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
-        // What is under `priv/` is for root alone, and no other call shows it.
-        if !matches!(peer(&request), Some(PeerIdentity::LocalRoot)) {
-            let socket = node.config.socket_path();
-            return Err(Status::permission_denied(format!(
-                "a backup holds the secrets under priv/, which are for root on a node alone: run `clusterctl --socket {} cluster backup FILE` on a node, as root",
-                socket.display()
-            )));
-        }
         let consistency = match request.into_inner().stale {
             true => Consistency::Stale,
             false => Consistency::Linearizable,
@@ -315,9 +307,18 @@ impl Membership for MembershipService {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
         let message = request.into_inner();
         let issued = node.cluster().issue_client(&message.name, &message.csr_pem).await;
-        let issued = issued?;
+        let mut issued = issued?;
+        let role = node.access.of(&message.name).role();
+        issued.role = role.map(|role| role.word().to_owned()).unwrap_or_default();
         tracing::info!(client = %message.name, user = %caller.user, "client certificate issued");
         Ok(Response::new(issued))
+    }
+
+    async fn who_am_i(
+        &self,
+        request: Request<WhoAmIRequest>,
+    ) -> Result<Response<WhoAmIResponse>, Status> {
+        super::whoami::answer(&self.api, &request).map(Response::new)
     }
 
     async fn list_certificates(

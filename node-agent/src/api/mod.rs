@@ -1,8 +1,8 @@
 //! The gRPC services, one file each. Any node takes any request of a client and passes it to the
 //! node that can answer: a VM's owner, a task's node, the leader.
 //!
-//! Owns: who may ask, where a request goes, how records look to a client. Never: changes a VM
-//! itself (`vms` does), decides where one runs (`ha-manager` does).
+//! Owns: where a request goes, how records look to a client. Never: says who may ask (`access`
+//! does), changes a VM itself (`vms` does), decides where one runs (`ha-manager` does).
 
 mod config;
 mod fence;
@@ -15,6 +15,7 @@ mod server;
 mod storage;
 mod task;
 mod vm;
+mod whoami;
 
 use std::sync::Arc;
 
@@ -22,9 +23,7 @@ use tonic::Status;
 
 pub use membership::Former;
 pub(crate) use membership::{init_status, join_status, restore_status};
-pub use server::{
-    SocketError, bind_local, client_routes, serve_enrolment, serve_local, serve_members,
-};
+pub use server::{SocketError, bind_local, serve_enrolment, serve_local, serve_members};
 
 use crate::node::{Node, Slot};
 

@@ -22,6 +22,7 @@ use tonic::transport::Server;
 
 use super::membership::MembershipService;
 use super::{Api, Former};
+use crate::access::Guard;
 use crate::node::Node;
 
 /// Streams of one connection; a client that opens more waits.
@@ -34,9 +35,8 @@ fn server() -> Server {
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
 }
 
-/// The services that clients use.
-#[must_use]
-pub fn client_routes(api: &Api, former: Option<Arc<dyn Former>>) -> Routes {
+/// The services that clients use; a [`Guard`] stands before them.
+fn client_routes(api: &Api, former: Option<Arc<dyn Former>>) -> Routes {
     Routes::new(MembershipServer::new(MembershipService { api: api.clone(), former }))
         .add_service(ConfigServer::new(api.clone()))
         .add_service(NodesServer::new(api.clone()))
@@ -76,7 +76,8 @@ pub async fn serve_members(
         cluster.admit(&request)?;
         Ok(request)
     });
-    let serve = server().layer(admit).add_routes(routes);
+    let guard = Guard::new(node.access.clone(), &node.config.socket_path());
+    let serve = server().layer(admit).layer(guard).add_routes(routes);
     Ok(serve.serve_with_incoming_shutdown(incoming, stop.cancelled()).await?)
 }
 
@@ -138,17 +139,19 @@ pub async fn bind_local(path: &Path) -> Result<UnixListener, SocketError> {
     Ok(listener)
 }
 
-/// Serves root on this machine, until `stop`. Peer credentials are checked with each request.
+/// Serves root on this machine, until `stop`. The guard checks the peer credentials with each request.
 ///
 /// # Errors
 /// The transport's.
 pub async fn serve_local(
     api: Api,
     former: Arc<dyn Former>,
+    guard: Guard,
     listener: UnixListener,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     let routes = client_routes(&api, Some(former));
     let incoming = UnixListenerStream::new(listener);
-    server().add_routes(routes).serve_with_incoming_shutdown(incoming, stop.cancelled()).await
+    let serve = server().layer(guard).add_routes(routes);
+    serve.serve_with_incoming_shutdown(incoming, stop.cancelled()).await
 }

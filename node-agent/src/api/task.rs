@@ -2,6 +2,7 @@
 
 use futures::StreamExt as _;
 use proto::NodeId;
+use proto::documents::Role;
 use proto::v1::tasks_client::TasksClient;
 use proto::v1::tasks_server::Tasks;
 use proto::v1::{GetTaskRequest, ListTasksRequest, ListTasksResponse, Task, TaskUpdate};
@@ -11,6 +12,7 @@ use tonic::{Request, Response, Status};
 
 use super::forward::{Caller, channel, unreachable};
 use super::{Answers, Api};
+use crate::access::may_cancel;
 use crate::node::Node;
 use crate::task::parse_id;
 
@@ -34,6 +36,21 @@ fn home(node: &Node, id: &str) -> Result<Option<(NodeId, Channel)>, Status> {
     }
     let channel = channel(node, of).map_err(|_| unknown(id))?;
     Ok(Some((of, channel)))
+}
+
+/// What a task is, where it is.
+async fn kind_of(
+    node: &Node,
+    caller: &Caller,
+    home: Option<&(NodeId, Channel)>,
+    wanted: &GetTaskRequest,
+) -> Result<String, Status> {
+    let Some((of, channel)) = home else {
+        let task = node.tasks.get(&wanted.task_id);
+        return task.map(|task| task.kind).ok_or_else(|| unknown(&wanted.task_id));
+    };
+    let answer = TasksClient::new(channel.clone()).get(caller.request(wanted.clone())?).await;
+    Ok(answer.map_err(|status| unreachable(node, *of, &status))?.into_inner().kind)
 }
 
 #[tonic::async_trait]
@@ -103,7 +120,11 @@ impl Tasks for Api {
     async fn cancel(&self, request: Request<GetTaskRequest>) -> Result<Response<Task>, Status> {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         let message = request.into_inner();
-        if let Some((of, channel)) = home(&node, &message.task_id)? {
+        let home = home(&node, &message.task_id)?;
+        if caller.role < Role::Admin {
+            may_cancel(&caller, &kind_of(&node, &caller, home.as_ref(), &message).await?)?;
+        }
+        if let Some((of, channel)) = home {
             let answer = TasksClient::new(channel).cancel(caller.request(message)?).await;
             return answer.map_err(|status| unreachable(&node, of, &status));
         }

@@ -183,6 +183,8 @@ async fn read(
             })
             .collect();
         present.claims = claims(node).await?;
+        let (record, _) = cluster.get(keys::ADMINISTRATION, Consistency::Stale).await?;
+        present.administration = record.map(|kv| kv.mod_revision).unwrap_or_default();
     }
     for path in wanted {
         if let (Some(kv), _) = cluster.get(&path, Consistency::Stale).await? {

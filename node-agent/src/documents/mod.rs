@@ -11,6 +11,7 @@
 //! Invariants: a document that is there keeps its schema; what was read to judge a change is
 //! compared in the transaction that makes it.
 
+mod access;
 mod commit;
 mod entry;
 mod paths;

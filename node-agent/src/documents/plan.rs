@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use cluster::{FileChange, Txn};
 use proto::document::parse;
 use proto::documents::{
-    AnyDocument, DocumentPath, NetworksDocument, PathKind, PathRefused, StorageDocument, classify,
+    AnyDocument, DocumentPath, NetworksDocument, PathKind, PathRefused, RolesByName,
+    StorageDocument, classify, roles,
 };
 use proto::record::{DiskClaim, Placement, PoolRecord};
 use proto::{Name, NodeId, Revision, ValidatedVmSpec, VmId, VmSpec, keys};
 use tonic::Code;
 
-use super::{Refusal, paths, shared, vm};
+use super::{Refusal, access, paths, shared, vm};
 use crate::store::Versioned;
 
 /// What is there, as far as the changes need it.
@@ -23,6 +24,8 @@ pub(super) struct Present {
     pub(super) folders: BTreeSet<String>,
     pub(super) placements: BTreeMap<Name, Versioned<Placement>>,
     pub(super) claims: BTreeMap<String, Versioned<DiskClaim>>,
+    /// Of the record of who administers.
+    pub(super) administration: Revision,
 }
 
 /// Where a new VM goes, and what it is called inside.
@@ -83,6 +86,10 @@ impl Present {
         let text = self.text(keys::STORAGE_DOCUMENT).unwrap_or_default();
         parse::<StorageDocument>(text).unwrap_or_default()
     }
+    /// Who has which role.
+    pub(super) fn roles(&self) -> RolesByName {
+        roles(self.files.iter().map(|(path, file)| (path.as_str(), file.value.as_slice())))
+    }
     /// The pools as they will be.
     pub(super) fn after_pools(&self, changes: &[FileChange]) -> Vec<PoolRecord> {
         self.after(changes).storage().records()
@@ -137,7 +144,13 @@ pub(super) fn plan(
             refusals.extend(more);
         }
     }
-    if refusals.is_empty() { Ok(plan) } else { Err(refusals) }
+    if refusals.is_empty() {
+        match access::keep_one(&mut plan, present, &after) {
+            Ok(()) => return Ok(plan),
+            Err(refusal) => refusals.push(refusal),
+        }
+    }
+    Err(refusals)
 }
 
 /// What can be said of a change by itself.
@@ -217,13 +230,8 @@ fn follow(
         (DocumentPath::Vm(name), _) => vm::remove(plan, present, path, &name),
         (DocumentPath::Storage, _) => shared::storage(plan, present, after),
         (DocumentPath::Networks, _) => shared::networks(present, after),
-        (DocumentPath::Access(_), None) => Ok(()),
-        (DocumentPath::Access(_), Some(_)) => Err(Refusal::new(
-            path,
-            Code::PermissionDenied,
-            "roles are not supported yet: nothing would enforce them",
-        )),
-        (DocumentPath::Node(_) | DocumentPath::Cluster, _) => Ok(()),
+        // They are judged together, once all are known: `access`.
+        (DocumentPath::Access(_) | DocumentPath::Node(_) | DocumentPath::Cluster, _) => Ok(()),
     };
     followed.map_err(|refusal| vec![refusal])
 }

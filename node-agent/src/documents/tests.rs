@@ -179,11 +179,12 @@ fn documents_that_do_not_fit_the_others_are_refused() {
         ("ha/rules.toml", String::new(), Code::PermissionDenied, "not supported"),
         ("cluster.toml", "[migrtion]\n".to_owned(), Code::InvalidArgument, "did you mean"),
         ("nodes/n1.toml", "notes = 1\n".to_owned(), Code::InvalidArgument, "invalid type"),
+        ("access/eve.toml", "role = \"root\"\n".to_owned(), Code::InvalidArgument, "viewer"),
         (
             "access/eve.toml",
             "role = \"viewer\"\n".to_owned(),
-            Code::PermissionDenied,
-            "not supported",
+            Code::FailedPrecondition,
+            "name no administrator",
         ),
     ];
     for (path, text, code, words) in cases {
@@ -264,4 +265,62 @@ fn what_was_expected_is_compared() {
     }
     let same = judge(&present, &[FileChange::write("vms/web.toml", text)]).unwrap();
     assert!(same.unchanged);
+}
+
+/// A change of one person's role; none: the document is removed.
+fn role(name: &str, role: &str) -> FileChange {
+    let path = format!("access/{name}.toml");
+    match role {
+        "" => FileChange::remove(path),
+        role => FileChange::write(path, format!("role = \"{role}\"\n")),
+    }
+}
+
+#[test]
+fn there_is_always_one_administrator() {
+    let with = |roles: &[(&str, &str)]| {
+        let mut present = empty();
+        for (name, word) in roles {
+            let value = format!("role = \"{word}\"\n").into_bytes();
+            let file = Versioned { value, revision: Revision(5) };
+            present.files.insert(format!("access/{name}.toml"), file);
+        }
+        present.administration = Revision(7);
+        present
+    };
+    let (ann, both) = (with(&[("ann", "admin")]), with(&[("ann", "admin"), ("bob", "viewer")]));
+    for (present, changes, words) in [
+        (&both, vec![role("ann", "")], "no administrator would be left"),
+        (&both, vec![role("ann", "operator")], "no administrator would be left"),
+        (&ann, vec![role("ann", "viewer")], "no administrator would be left"),
+        (&ann, vec![role("ann", ""), role("bob", "viewer")], "no administrator would be left"),
+        (&both, vec![role("ann", ""), role("bob", "")], "remove the others first"),
+        (&with(&[]), vec![role("ann", "viewer")], "name no administrator"),
+    ] {
+        let refused = judge(present, &changes).unwrap_err();
+        assert_eq!(refused[0].code, Code::FailedPrecondition, "{refused:?}");
+        assert!(refused[0].fault.reason.contains(words), "{changes:?}: {refused:?}");
+    }
+    for (present, changes) in [
+        (&with(&[]), vec![role("ann", "admin")]),
+        (&with(&[]), vec![role("bob", "viewer"), role("ann", "admin")]),
+        (&both, vec![role("ann", ""), role("bob", "admin")]),
+        (&both, vec![role("bob", "")]),
+        // Back to what there was before any document, on purpose.
+        (&ann, vec![role("ann", "")]),
+    ] {
+        let txn = judge(present, &changes).unwrap().txn;
+        assert!(txn.names(keys::ADMINISTRATION), "{changes:?}");
+    }
+    // The record is compared as it was read: of two changes at once one is judged again.
+    let made = judge(&ann, &[role("bob", "viewer")]).unwrap().txn;
+    let expected = Txn::new()
+        .if_revision("access/bob.toml", Revision(0))
+        .put("access/bob.toml", "role = \"viewer\"\n")
+        .if_revision(keys::ADMINISTRATION, Revision(7))
+        .put(keys::ADMINISTRATION, r#"{"administrators":["ann"]}"#);
+    assert_eq!(made, expected);
+    // A comment is no change of a role.
+    let commented = FileChange::write("access/ann.toml", "# chief\nrole = \"admin\"\n");
+    assert!(!judge(&ann, &[commented]).unwrap().txn.names(keys::ADMINISTRATION));
 }

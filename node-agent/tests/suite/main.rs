@@ -10,6 +10,7 @@ mod rig;
 #[path = "../../../tests/src/skip.rs"]
 mod skip;
 
+mod access;
 mod agent;
 mod disaster;
 mod membership;

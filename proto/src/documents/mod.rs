@@ -8,7 +8,7 @@ mod path;
 mod storage;
 mod vm;
 
-pub use access::{AccessDocument, Role};
+pub use access::{AccessDocument, Role, RolesByName, roles};
 pub use cluster::{ClusterDocument, HistorySettings, LimitSettings, MigrationSettings};
 pub use networks::{NetworkSpec, NetworksDocument};
 pub use node::NodeDocument;

@@ -104,9 +104,9 @@ pub(crate) enum Command {
         /// The file; the .toml of a document may be left out. It is made if it is absent
         path: String,
     },
-    /// Set keys of a document, keeping its comments and order
+    /// Set keys of a document, keeping its comments and order. One that is absent is made, except a VM's
     #[command(
-        after_help = "Examples:\n  clusterctl config set vms/web memory=2GiB cpus=4\n  clusterctl config set vms/web 'disks[0].readonly=true' --dry-run\n  clusterctl config set vms/web 'nics[+].network=lan' --unset boot.cmdline"
+        after_help = "Examples:\n  clusterctl config set vms/web memory=2GiB cpus=4\n  clusterctl config set access/ann role=operator\n  clusterctl config set vms/web 'disks[0].readonly=true' --dry-run\n  clusterctl config set vms/web 'nics[+].network=lan' --unset boot.cmdline"
     )]
     Set {
         /// The document; its .toml may be left out

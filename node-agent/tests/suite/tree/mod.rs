@@ -11,6 +11,39 @@ use harness::{Mounted, WEB, can_mount, has, is_mounted, run, until};
 use node_agent::config::{Config, Tree};
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_last_administrators_document_stays_by_the_tree_too() {
+    if !can_mount("the_last_administrators_document_stays_by_the_tree_too") {
+        return;
+    }
+    let node = Mounted::new().await;
+    let first = "echo 'role = \"operator\"' > access/bob.toml; \
+                 grep 'name no administrator' access/bob.toml.error";
+    node.shell(first).await.unwrap();
+    node.shell("echo 'role = \"admin\"' > access/ann.toml").await.unwrap();
+    node.shell("echo 'role = \"operator\"' > access/bob.toml").await.unwrap();
+    for script in [
+        "rm access/ann.toml",
+        "sed -i s/admin/viewer/ access/ann.toml",
+        "echo 'role = \"viewer\"' > $OUTSIDE/new && cp $OUTSIDE/new access/ann.toml",
+        "rm -r access/ann.toml access",
+        "mv access/bob.toml access/ann.toml",
+    ] {
+        let said = node.shell(script).await;
+        assert!(said.is_err(), "{script}: {said:?}");
+        let ann = node.shell("cat access/ann.toml").await.unwrap();
+        assert_eq!(ann, "role = \"admin\"\n", "{script}: {said:?}");
+        node.shell("echo 'role = \"operator\"' > access/bob.toml").await.unwrap();
+    }
+    let demoted = "echo 'role = \"viewer\"' > access/ann.toml; cat access/ann.toml.error";
+    let reason = node.shell(demoted).await.unwrap();
+    assert!(reason.contains("no administrator would be left"), "{reason}");
+    // Another one first, then it goes; and the only one that is left, too.
+    node.shell("sed -i s/operator/admin/ access/bob.toml && rm access/ann.toml").await.unwrap();
+    node.shell("rm access/bob.toml").await.unwrap();
+    node.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_program_saves_a_vms_document_and_the_vm_stays_the_same() {
     if !can_mount("every_program_saves_a_vms_document_and_the_vm_stays_the_same") {
         return;

@@ -1,0 +1,120 @@
+//! Who may do what: every call of every connection is judged here, by one table, before a service
+//! sees it.
+//!
+//! ```text
+//!   connection ──► guard ── judge(rule, who, roles) ──► service ── may_write(paths) ──► documents
+//!                    ▲            ▲          ▲             └─ with more than one path: each of them
+//!              the path's rule  table   access/*.toml, followed
+//! ```
+//!
+//! Owns: the decision. Never: who somebody is (`cluster::tls`), or what a change of documents may be
+//! (`documents`).
+//!
+//! Invariants: what is not in the table is refused. A client is judged by the node it is connected
+//! to, before anything is passed on; what comes with a node's certificate was judged there. A
+//! service that the guard does not stand before answers nobody ([`Granted`]).
+
+mod guard;
+mod refused;
+mod roles;
+mod stream;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use cluster::tls::PeerIdentity;
+use proto::documents::Role;
+use tonic::Status;
+
+pub use guard::Guard;
+pub use refused::Refused;
+pub use roles::{Access, Has, Roles};
+pub use table::{Needs, Rule, rules, to_cancel, to_write};
+
+use crate::api::forward::Caller;
+
+/// The guard's word for a request that it let through, as a request extension. Nobody else makes one.
+#[derive(Debug, Clone, Copy)]
+pub struct Granted {
+    role: Role,
+}
+
+impl Granted {
+    /// The role that it was let through with.
+    #[must_use]
+    pub fn role(self) -> Role {
+        self.role
+    }
+}
+
+/// What somebody has.
+#[must_use]
+pub fn has(peer: &PeerIdentity, roles: &Roles) -> Has {
+    match peer {
+        PeerIdentity::Client(name) => roles.of(name),
+        PeerIdentity::Node(_) | PeerIdentity::LocalRoot => Has::Everything,
+    }
+}
+
+/// Whether somebody may make a call, and with which role.
+///
+/// # Errors
+/// [`Refused`]
+pub fn judge(rule: &Rule, peer: &PeerIdentity, roles: &Roles) -> Result<Option<Role>, Refused> {
+    let (call, has) = (|| rule.call.clone(), has(peer, roles));
+    let judged = match (rule.needs, peer) {
+        (Needs::Identity, _)
+        | (Needs::Node, PeerIdentity::Node(_))
+        | (Needs::Root, PeerIdentity::LocalRoot)
+        | (Needs::Role(_), PeerIdentity::Node(_) | PeerIdentity::LocalRoot) => Ok(()),
+        (Needs::Node, _) => Err(Refused::NotANode { call: call(), who: peer.to_string() }),
+        (Needs::Root, _) => Err(Refused::NotRoot { call: call(), why: rule.detail }),
+        (Needs::Role(needs), PeerIdentity::Client(client)) => {
+            enough(has, needs, client, &rule.call)
+        }
+    };
+    judged.map(|()| has.role())
+}
+
+fn enough(has: Has, needs: Role, client: &str, what: &str) -> Result<(), Refused> {
+    match has.role() {
+        Some(role) if role >= needs => Ok(()),
+        _ if has == Has::Unread => Err(Refused::Unread),
+        _ => {
+            let (client, what) = (client.to_owned(), what.to_owned());
+            Err(Refused::Role { client, what, needs, has })
+        }
+    }
+}
+
+/// Whether a caller may write all these paths.
+///
+/// # Errors
+/// `PERMISSION_DENIED` with the first that it may not; what nobody may write is refused by the
+/// documents' own rules where an administrator asks.
+pub fn may_write<'a>(
+    caller: &Caller,
+    paths: impl IntoIterator<Item = &'a str>,
+) -> Result<(), Status> {
+    if caller.role == Role::Admin {
+        return Ok(());
+    }
+    for path in paths {
+        let needs = to_write(path).map_err(|refused| Refused::Path(refused).status(None))?;
+        let shown: String = path.chars().take(120).collect();
+        let what = format!("writing `{}`", shown.escape_debug());
+        enough(Has::Role(caller.role), needs, &caller.user, &what)
+            .map_err(|refused| refused.status(None))?;
+    }
+    Ok(())
+}
+
+/// Whether a caller may cancel a task of this kind.
+///
+/// # Errors
+/// `PERMISSION_DENIED`
+pub fn may_cancel(caller: &Caller, kind: &str) -> Result<(), Status> {
+    let what = format!("cancelling a task `{kind}`");
+    enough(Has::Role(caller.role), to_cancel(kind), &caller.user, &what)
+        .map_err(|refused| refused.status(None))
+}

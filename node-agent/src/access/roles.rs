@@ -1,0 +1,176 @@
+//! Who has which role: kept in memory, as this node has applied the documents under `access/`.
+//!
+//! A request costs a look into memory, and no quorum. A node that is cut off goes on with what it
+//! knew; it can change nothing then, and shows what it has.
+//!
+//! Invariant: that there is no document is believed only once a quorum has confirmed that this node
+//! is up to date. A node that has joined just now, or was off for long, would else take everybody for
+//! an administrator until it has caught up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::Consistency;
+use futures::StreamExt as _;
+use proto::documents::{Role, RolesByName, roles};
+use proto::{Name, Revision, keys};
+use tokio::sync::{Mutex, watch};
+
+use crate::store::Store;
+
+/// Before the documents are read again, where that failed.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// What is known of roles.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Roles {
+    /// Nothing: no client may do anything.
+    #[default]
+    Unread,
+    /// The documents. None at all: every client is an administrator.
+    Read(Arc<RolesByName>),
+}
+
+/// What a client has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Has {
+    /// Not known yet.
+    Unread,
+    /// All rights: nobody has a document.
+    Everything,
+    /// What its document says.
+    Role(Role),
+    /// No document, while others have one.
+    Nothing,
+    /// A document that does not hold.
+    Broken,
+}
+
+impl Has {
+    /// The role, if there is one.
+    #[must_use]
+    pub fn role(self) -> Option<Role> {
+        match self {
+            Self::Everything => Some(Role::Admin),
+            Self::Role(role) => Some(role),
+            Self::Unread | Self::Nothing | Self::Broken => None,
+        }
+    }
+}
+
+impl Roles {
+    /// What the client with this name in its certificate has.
+    #[must_use]
+    pub fn of(&self, client: &str) -> Has {
+        let Self::Read(documents) = self else { return Has::Unread };
+        if documents.is_empty() {
+            return Has::Everything;
+        }
+        match client.parse::<Name>().ok().and_then(|name| documents.get(&name)) {
+            Some(Some(role)) => Has::Role(*role),
+            Some(None) => Has::Broken,
+            None => Has::Nothing,
+        }
+    }
+}
+
+/// The followed roles. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Access {
+    roles: Arc<watch::Sender<Roles>>,
+    /// Whether this node has been up to date since it started. Held while the documents are read: the
+    /// later one of two reads counts.
+    confirmed: Arc<Mutex<bool>>,
+}
+
+impl Access {
+    /// What is known now.
+    #[must_use]
+    pub fn roles(&self) -> Roles {
+        self.roles.borrow().clone()
+    }
+
+    /// What a client has now.
+    #[must_use]
+    pub fn of(&self, client: &str) -> Has {
+        self.roles.borrow().of(client)
+    }
+
+    /// Told of every change.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Roles> {
+        self.roles.subscribe()
+    }
+
+    /// Reads the documents as this node has applied them. Where it cannot, nothing is known any
+    /// more: better no client than one that should not.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn load(&self, store: &Store) -> anyhow::Result<Revision> {
+        let confirmed = self.confirmed.lock().await;
+        self.read(store, *confirmed).await
+    }
+
+    async fn read(&self, store: &Store, confirmed: bool) -> anyhow::Result<Revision> {
+        let range = store.cluster().range(keys::ACCESS, "", 0, Consistency::Stale).await;
+        let known = match &range {
+            Ok(range) => {
+                let files = range.kvs.iter().map(|kv| (kv.key.as_str(), kv.value.as_slice()));
+                let documents = roles(files);
+                match documents.is_empty() && !confirmed {
+                    true => Roles::Unread,
+                    false => Roles::Read(Arc::new(documents)),
+                }
+            }
+            Err(_) => Roles::Unread,
+        };
+        self.roles.send_if_modified(|roles| {
+            let changed = *roles != known;
+            *roles = known;
+            changed
+        });
+        Ok(range?.revision)
+    }
+
+    /// Follows the documents until the task is dropped.
+    pub async fn follow(&self, store: &Store) {
+        futures::join!(self.confirm(store), self.follow_changes(store));
+    }
+
+    /// Asks a quorum until it answers.
+    async fn confirm(&self, store: &Store) {
+        loop {
+            let asked = store.cluster().get(keys::ADMINISTRATION, Consistency::Linearizable).await;
+            match asked {
+                Ok(_) => break,
+                Err(error) => tracing::debug!("who may do what is not confirmed yet: {error}"),
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        let mut confirmed = self.confirmed.lock().await;
+        *confirmed = true;
+        if let Err(error) = self.read(store, true).await {
+            tracing::warn!("the documents under access/ cannot be read: {error}");
+        }
+    }
+
+    async fn follow_changes(&self, store: &Store) {
+        loop {
+            if let Err(error) = self.follow_once(store).await {
+                tracing::warn!("following the documents under access/: {error}; again");
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    async fn follow_once(&self, store: &Store) -> anyhow::Result<()> {
+        let revision = self.load(store).await?;
+        let mut watch = store.cluster().watch(keys::ACCESS, Revision(revision.0 + 1))?;
+        while let Some(batch) = watch.next().await {
+            batch?;
+            self.load(store).await?;
+        }
+        Ok(())
+    }
+}
