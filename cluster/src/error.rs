@@ -325,6 +325,14 @@ pub enum MembershipError {
     /// A node goes on with the certificate that it has.
     #[error("the node did not get a new certificate: {0}; it goes on with the one that it has")]
     NotRenewed(String),
+    /// The node that was asked has no use of the CA's key.
+    #[error("node `{node}` cannot sign certificates: {why}")]
+    CannotSign {
+        /// Who was asked.
+        node: String,
+        /// Why, and what helps.
+        why: String,
+    },
     /// The request breaks a rule.
     #[error("{0}")]
     Invalid(String),

@@ -11,10 +11,11 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use tonic::Status;
 
+use crate::authority::{self, CA_KEY, CaRecord, Signer};
 use crate::certificates;
 use crate::consensus::{Forward, Forwarded, MemberNode};
 use crate::identity::token::{Token, TokenRecord, TokenUse};
-use crate::identity::{Ca, Life, request_key_hash};
+use crate::identity::{Life, request_key_hash};
 use crate::node::Node;
 use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
 
@@ -24,9 +25,6 @@ const TOKEN_TTL_S: u32 = 3600;
 const TOKEN_TTL_MAX_S: u32 = 7 * 24 * 3600;
 /// Attempts of a transaction whose compares meet concurrent changes.
 const ATTEMPTS: usize = 16;
-
-/// The CA's key and certificate.
-pub(crate) const CA_KEY: &str = "priv/ca";
 
 fn key(rest: &str) -> String {
     format!("{}{rest}", keys::PRIV)
@@ -63,7 +61,7 @@ pub(crate) fn from_json<T: DeserializeOwned>(kv: &KeyValue) -> Result<T, StoreEr
 /// The records that every cluster has from its beginning.
 pub(crate) async fn write_first_records(
     node: &Node,
-    ca: &Ca,
+    ca: &CaRecord,
     name: &Name,
 ) -> Result<(), InitError> {
     // The node records its certificate by itself, now or a moment later: here it would be a conflict.
@@ -83,13 +81,6 @@ pub(crate) async fn write_first_records(
 
 async fn read(node: &Node, key: &str) -> Result<Option<KeyValue>, StoreError> {
     Ok(node.get(key, Consistency::Linearizable).await?.0)
-}
-
-pub(crate) async fn ca(node: &Node) -> Result<Ca, StoreError> {
-    match read(node, CA_KEY).await? {
-        Some(kv) => from_json(&kv),
-        None => Err(StoreError::Failed { why: "the cluster's CA record is missing".to_owned() }),
-    }
 }
 
 /// Makes a one-time token.
@@ -143,7 +134,7 @@ pub(crate) async fn issue_client(
     let name: Name = name
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
-    let ca = ca(node).await?;
+    let ca = authority::signer(node).await?.ca;
     let certificate_pem = certificates::issue_client(node, &ca, name.as_str(), csr_pem).await?;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
     Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
@@ -189,8 +180,9 @@ pub(crate) async fn enrol(
         .map_err(Status::invalid_argument)?;
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    // Before the token is used up: where this member cannot sign, another one may.
+    let Signer { ca, sealing_key } = authority::signer(node).await?;
     let id = admit(node, &request, &name, &key_hash).await?;
-    let ca = ca(node).await?;
     let record = node.identity();
     let life = Life::from_now(node.config().certificates.node);
     let certificate_pem = ca
@@ -225,6 +217,7 @@ pub(crate) async fn enrol(
         certificate_pem,
         ca_pem: ca.certificate_pem,
         members: node.members().into_iter().map(Into::into).collect(),
+        sealing_key: sealing_key.bytes().to_vec(),
     })
 }
 

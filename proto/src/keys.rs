@@ -35,7 +35,7 @@ pub const HA_LEADER: &str = "status/ha/leader";
 pub const VERIFICATION: &str = "status/verification";
 /// All disk claims.
 pub const DISKS: &str = "status/disks/";
-/// All that is for root alone: CA key, join tokens.
+/// All that is for root alone: the CA's encrypted key, join tokens.
 pub const PRIV: &str = "priv/";
 
 /// What makes this cluster itself, or lets somebody in: its CA, join tokens, the names and ids of

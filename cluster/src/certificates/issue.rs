@@ -8,9 +8,10 @@ use proto::{NodeId, Revision, keys};
 use tonic::Status;
 
 use super::{all, not_signed, recorded};
+use crate::authority;
 use crate::consensus::{REMOVED, lead};
 use crate::identity::{Ca, Life, check_renewal, request_key_hash};
-use crate::membership::{self, from_json, unix_now_s};
+use crate::membership::{from_json, unix_now_s};
 use crate::node::Node;
 use crate::{Consistency, MembershipError, Txn};
 
@@ -83,8 +84,9 @@ pub(crate) async fn issue_next(node: &Node, request: &RenewRequest) -> Result<St
         tracing::warn!(node = %id, why = status.message(), "it gets no new certificate");
     })?;
     let life = Life::from_now(node.config().certificates.node);
-    let signed = membership::ca(node)
+    let signed = authority::signer(node)
         .await?
+        .ca
         .sign_node(cluster_id, id, &request.csr_pem, life)
         .map_err(|error| not_signed(&error))?;
     let still = leaving.map_or(Revision(0), |kv| kv.mod_revision);

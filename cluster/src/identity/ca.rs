@@ -11,7 +11,6 @@ use rcgen::{
 use ring::digest;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
-use serde::{Deserialize, Serialize};
 
 use super::names;
 
@@ -40,10 +39,11 @@ impl Life {
     }
 }
 
-/// The CA's key and certificate, as kept under `priv/ca`.
-#[derive(Clone, Serialize, Deserialize)]
+/// The CA's key and certificate. Kept only sealed ([`super::SealedCa`]).
+#[derive(Clone)]
 pub(crate) struct Ca {
-    key_pem: String,
+    /// PKCS #8.
+    pub(super) key_der: Vec<u8>,
     /// Certificate, PEM.
     pub(crate) certificate_pem: String,
 }
@@ -74,6 +74,12 @@ impl From<rcgen::Error> for SignError {
 }
 
 impl Ca {
+    /// The clear key, PKCS #8.
+    #[cfg(test)]
+    pub(crate) fn key_bytes(&self) -> &[u8] {
+        &self.key_der
+    }
+
     /// A new authority for a cluster.
     pub(crate) fn make(cluster_id: &str) -> Result<Self, rcgen::Error> {
         let mut params = params(&format!("Holdfast CA of cluster {cluster_id}"))?;
@@ -82,7 +88,7 @@ impl Ca {
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after = date_time_ymd(2070, 1, 1);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-        Ok(Self { key_pem: issuer.key().serialize_pem(), certificate_pem: issuer.pem() })
+        Ok(Self { key_der: issuer.key().serialize_der(), certificate_pem: issuer.pem() })
     }
 
     /// A certificate for a node's request. What the request asks for is ignored but its key.
@@ -134,8 +140,8 @@ impl Ca {
         let after = |seconds: u64| date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds);
         params.not_before = after(life.from_unix_s.saturating_sub(BACKDATE_S));
         params.not_after = after(life.from_unix_s.saturating_add(life.lasts_s).min(END_UNIX_S));
-        let issuer =
-            Issuer::from_ca_cert_pem(&self.certificate_pem, KeyPair::from_pem(&self.key_pem)?)?;
+        let key = KeyPair::try_from(self.key_der.as_slice())?;
+        let issuer = Issuer::from_ca_cert_pem(&self.certificate_pem, key)?;
         Ok(params.signed_by(&request.public_key, &issuer)?.pem())
     }
 }

@@ -12,6 +12,7 @@
 
 mod alone;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -77,6 +78,8 @@ struct Owner<'a> {
     cluster_id: &'a str,
     id: NodeId,
     ca_pem: &'a str,
+    /// Where the sealing key is.
+    folder: &'a Path,
     /// How long one lasts that the node signs itself.
     life: Duration,
 }
@@ -141,6 +144,7 @@ pub(super) fn replace_if_useless(
         cluster_id: &identity.record.cluster_id,
         id,
         ca_pem: &identity.ca_pem,
+        folder: &config.data_dir,
         life: config.certificates.node,
     };
     match alone::replacement(&owner, &held, db, now_unix_s) {
@@ -252,6 +256,7 @@ impl Node {
             cluster_id: &self.identity.cluster_id,
             id: self.id(),
             ca_pem: &self.ca_pem,
+            folder: &self.config.data_dir,
             life: self.config.certificates.node,
         };
         let next = alone::replacement(&owner, &held, &self.db, now_unix_s);

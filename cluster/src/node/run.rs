@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
 use super::{Node, denied, housekeeping};
+use crate::authority;
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{Identity, fingerprint};
@@ -38,6 +39,7 @@ pub(crate) async fn start(
     // Before the first connection.
     trust.deny(denied::denied(&db).map_err(io)?);
     let cluster_id = identity.record.cluster_id.clone();
+    authority::check(&db, &config.data_dir, &cluster_id);
     let peers = Arc::new(Peers::new(config.host.clone(), tls, trust.clone(), cluster_id));
     let removed = Arc::new(watch::channel(false).0);
     consensus::clean_up(&config.data_dir.join("snapshots")).map_err(io)?;

@@ -164,11 +164,16 @@ pub(crate) fn dial(
 }
 
 pub(crate) fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
+    papers_from(lab, 0, client)
+}
+
+/// A client's papers, signed by one member, and the CA's certificate.
+pub(crate) fn papers_from(lab: &Lab, on: usize, client: &str) -> Outcome<(Papers, String)> {
     let key = rcgen::KeyPair::generate()?;
     let csr = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
     let client = client.to_owned();
     let issued =
-        lab.nodes[0].run(move |c| async move { c.issue_client(&client, &csr).await })??;
+        lab.nodes[on].run(move |c| async move { c.issue_client(&client, &csr).await })??;
     let papers = Papers { key: key.serialize_pem(), certificate: issued.certificate_pem };
     Ok((papers, issued.ca_pem))
 }

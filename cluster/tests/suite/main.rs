@@ -9,6 +9,7 @@ mod ports;
 mod skip;
 
 mod backup;
+mod ca;
 mod certificates;
 mod durability;
 mod history;

@@ -182,8 +182,9 @@ async fn a_clock_that_was_ahead_leaves_a_certificate_that_is_good() -> Outcome {
     let node = cluster.node().clone();
     let (held, now, life) = (node.renewal.held(), unix_now_s(), node.config.certificates.node);
     let own = held.certificate.serial.clone();
+    let (id, ca_pem) = (node.id(), node.ca_pem.as_str());
     let owner =
-        Owner { cluster_id: cluster.cluster_id(), id: node.id(), ca_pem: &node.ca_pem, life };
+        Owner { cluster_id: cluster.cluster_id(), id, ca_pem, folder: folder.path(), life };
     let replacement = |held: &Held, now| alone::replacement(&owner, held, &node.db, now);
     // By a clock that is two years ahead it has expired; so has each other one but a new one.
     let ahead = now + 730 * DAY_S;
