@@ -11,7 +11,7 @@ use tonic::Code;
 use crate::host::Host;
 use crate::identity::token::Token;
 use crate::identity::{
-    Identity, NodeIdentity, Pair, SealingKey, any_node, fingerprint, request, request_for,
+    Identity, NodeIdentity, Pair, SealingKey, Trusted, any_node, fingerprint, request, request_for,
     write_private,
 };
 use crate::membership::unix_now_s;
@@ -110,7 +110,10 @@ fn identity(
     key_pem: &str,
     answer: EnrolResponse,
 ) -> Result<(Identity, SealingKey), JoinError> {
-    let same_ca = fingerprint(&answer.ca_pem).as_ref() == Some(&token.ca_fingerprint);
+    let revision = answer.ca_revision;
+    let trusted = Trusted { revision, ..Trusted::parse(&answer.ca_pem) };
+    let pinned = |root: &String| fingerprint(root).as_ref() == Some(&token.ca_fingerprint);
+    let same_ca = trusted.roots.iter().any(pinned);
     if !same_ca || answer.cluster_id != token.cluster_id {
         return Err(JoinError::Identity("the answer does not fit the token".to_owned()));
     }
@@ -125,7 +128,7 @@ fn identity(
         },
         pair: Pair::new(key_pem, &answer.certificate_pem),
         previous: None,
-        ca_pem: answer.ca_pem,
+        trusted,
     };
     Ok((identity, sealing_key))
 }

@@ -264,7 +264,7 @@ pub enum JoinError {
     Unreachable(Vec<String>),
     /// The server is not of the cluster that made the token.
     #[error(
-        "{address} does not belong to the cluster that made this token (its CA has another fingerprint); nothing was sent to it"
+        "{address} does not belong to the cluster that made this token, or the cluster's CA was replaced since (it has another fingerprint); nothing was sent to it. Where it is the right cluster, make a new token with `clusterctl cluster token create`"
     )]
     WrongCluster {
         /// Who answered.

@@ -100,7 +100,7 @@ pub(crate) async fn create_token(
     let mut members = node.members();
     members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
     let addresses = members.into_iter().map(|member| member.enrol_address).collect();
-    let fingerprint = node.ca_fingerprint().to_owned();
+    let fingerprint = node.trusted().signer_fingerprint();
     let token = Token::make(record.cluster_id.clone(), fingerprint, addresses)
         .map_err(|error| random(&error))?;
     let expires_unix_s = unix_now_s().saturating_add(u64::from(ttl_s));
@@ -134,10 +134,11 @@ pub(crate) async fn issue_client(
     let name: Name = name
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
-    let ca = authority::signer(node).await?.ca;
-    let certificate_pem = certificates::issue_client(node, &ca, name.as_str(), csr_pem).await?;
+    let (certificate_pem, record) =
+        certificates::issue_client(node, name.as_str(), csr_pem).await?;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
-    Ok(v1::IssueClientResponse { certificate_pem, ca_pem: ca.certificate_pem, api_addresses })
+    let ca_pem = record.for_clients();
+    Ok(v1::IssueClientResponse { certificate_pem, ca_pem, api_addresses })
 }
 
 /// Refuses names that are numbers: people name nodes by id, too.
@@ -181,20 +182,9 @@ pub(crate) async fn enrol(
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     // Before the token is used up: where this member cannot sign, another one may.
-    let Signer { ca, sealing_key } = authority::signer(node).await?;
+    let signer = authority::signer(node).await?;
     let id = admit(node, &request, &name, &key_hash).await?;
-    let record = node.identity();
-    let life = Life::from_now(node.config().certificates.node);
-    let certificate_pem = ca
-        .sign_node(&record.cluster_id, id, &request.csr_pem, life)
-        .map_err(|error| certificates::not_signed(&error))?;
-    // Also for one that was let in before, but did not get the answer. Not for one that was removed
-    // since: an id is given once, and its token is used up.
-    let present = Txn::new().by("system").if_absent(keys::removal(id));
-    let noted = certificates::enrolled(present, &certificate_pem)?;
-    if !node.txn(noted).await?.committed() {
-        return Err(removed_since(id));
-    }
+    let (certificate_pem, signer) = sign_in(node, id, &request.csr_pem, signer).await?;
     let member = MemberNode {
         name: name.to_string(),
         api_address: request.api_address,
@@ -210,15 +200,45 @@ pub(crate) async fn enrol(
         other => return Err(Status::unavailable(format!("the node was not added: {other:?}"))),
     }
     take_back_if_removed(node, id).await?;
+    let (record, trusted) = (node.identity(), signer.record.trusted(signer.revision));
     Ok(v1::EnrolResponse {
         cluster_id: record.cluster_id.clone(),
         cluster_name: record.cluster_name.clone(),
         node_id: id.0,
         certificate_pem,
-        ca_pem: ca.certificate_pem,
+        ca_pem: trusted.bundle(),
+        ca_revision: trusted.revision,
         members: node.members().into_iter().map(Into::into).collect(),
-        sealing_key: sealing_key.bytes().to_vec(),
+        sealing_key: signer.sealing_key.bytes().to_vec(),
     })
+}
+
+/// Signs and records the certificate that a node comes in with, as the CA is at that moment.
+async fn sign_in(
+    node: &Node,
+    id: NodeId,
+    csr_pem: &str,
+    mut signer: Signer,
+) -> Result<(String, Signer), Status> {
+    for _ in 0..ATTEMPTS {
+        let life = Life::from_now(node.config().certificates.node);
+        let signed = signer
+            .ca
+            .sign_node(&node.identity().cluster_id, id, csr_pem, life)
+            .map_err(|error| certificates::not_signed(&error))?;
+        // Also for one that was let in before, but did not get the answer. Not for one that was
+        // removed since: an id is given once, and its token is used up.
+        let present = signer.unchanged(Txn::new().by("system").if_absent(keys::removal(id)));
+        if node.txn(certificates::enrolled(present, &signed)?).await?.committed() {
+            return Ok((signed, signer));
+        }
+        if read(node, &keys::removal(id)).await?.is_some() {
+            return Err(removed_since(id));
+        }
+        // The CA was rotated meanwhile.
+        signer = authority::signer(node).await?;
+    }
+    Err(Status::unavailable("the cluster's CA is being rotated; join again"))
 }
 
 fn removed_since(id: NodeId) -> Status {
@@ -424,6 +444,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         // The agent knows what runs where.
         if_fails: Vec::new(),
         verification: crate::verify::last(node),
+        ca: authority::rotation::under_way(node).await,
     }
 }
 

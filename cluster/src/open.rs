@@ -8,10 +8,12 @@ use proto::{Name, NodeId};
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
+use crate::authority::CaRecord;
 use crate::consensus::{MemberNode, lead};
 use crate::host::{Host, blocking};
-use crate::authority::CaRecord;
-use crate::identity::{Ca, Identity, Life, NodeIdentity, Pair, SEALING_KEY, SealingKey, request};
+use crate::identity::{
+    Ca, Identity, Life, NodeIdentity, Pair, SEALING_KEY, SealingKey, Trusted, request,
+};
 use crate::node::{self, Node};
 use crate::storage::{Db, FolderLock};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
@@ -124,7 +126,7 @@ impl Uninitialized {
         let identity = Identity {
             pair: Pair::new(&key_pem, &certificate),
             previous: None,
-            ca_pem: ca.certificate_pem.clone(),
+            trusted: Trusted::only(&ca.certificate_pem),
             record: NodeIdentity {
                 cluster_id,
                 cluster_name: cluster_name.to_string(),
@@ -154,7 +156,12 @@ impl Uninitialized {
         identity.store(folder)
     }
 
-    async fn first_records(&self, node: &Node, ca: &CaRecord, name: &Name) -> Result<(), InitError> {
+    async fn first_records(
+        &self,
+        node: &Node,
+        ca: &CaRecord,
+        name: &Name,
+    ) -> Result<(), InitError> {
         let member = MemberNode::of(name.as_str(), &self.config);
         lead::initialize(node.raft(), 1, member)
             .await

@@ -78,8 +78,8 @@ async fn the_cas_clear_key_is_in_no_file_and_no_backup() -> Outcome {
             ("DER", ca.key_bytes()),
             // The secret number itself: bytes 36 to 68 of a P-256 key in PKCS #8.
             ("number", &ca.key_bytes()[36..68]),
-            ("PEM", clear[..64].as_bytes()),
-            ("PEM", clear[64..128].as_bytes()),
+            ("PEM", &clear.as_bytes()[..64]),
+            ("PEM", &clear.as_bytes()[64..128]),
         ] {
             let hits = found(folder.path(), bytes)?;
             assert!(hits.is_empty(), "{turn}: the CA's key ({what}) is in {hits:?}");
@@ -110,7 +110,7 @@ async fn a_record_that_was_tampered_with_is_not_signed_with() -> Outcome {
     let cluster = cluster_of_one(folder.path()).await?;
     let node = cluster.node().clone();
     let cluster_id = cluster.cluster_id().to_owned();
-    let good = own_copy(node.db())?.ok_or("no record")?;
+    let good = own_copy(node.db())?.ok_or("no record")?.record;
     let put = |record: &CaRecord| {
         let txn = to_json(record).map(|json| Txn::new().put(CA_KEY, json));
         let node = node.clone();

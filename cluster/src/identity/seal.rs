@@ -97,7 +97,10 @@ impl SealingKey {
 
     /// Writes it so that it is there wholly or not at all, for the owner alone.
     pub(crate) fn store(&self, folder: &Path) -> io::Result<()> {
-        write_private(&folder.join(SEALING_KEY), format!("{}\n", STANDARD.encode(self.0)).as_bytes())
+        write_private(
+            &folder.join(SEALING_KEY),
+            format!("{}\n", STANDARD.encode(self.0)).as_bytes(),
+        )
     }
 
     fn cipher(&self) -> Result<LessSafeKey, SealError> {

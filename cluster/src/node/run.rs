@@ -4,15 +4,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, denied, housekeeping};
-use crate::authority;
+use super::{Node, authorities, denied, housekeeping};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
-use crate::identity::{Identity, fingerprint};
+use crate::identity::{CA_FILE, Identity};
 use crate::service::Rate;
 use crate::storage::Db;
 use crate::tls::{Credentials, Trust, member_client};
@@ -26,20 +26,21 @@ pub(crate) async fn start(
 ) -> Result<Arc<Node>, OpenError> {
     let unusable = |detail: String| OpenError::Unusable { path: config.data_dir.clone(), detail };
     let mut identity = identity;
+    identity.trusted = authorities::at_start(&identity, &db, &config.data_dir);
     renewal::replace_if_useless(&config, &mut identity, &db).map_err(&unusable)?;
-    let credentials = Credentials::new(&identity.pair, &identity.ca_pem)
+    let credentials = Credentials::new(&identity.pair, &identity.trusted)
         .map_err(|error| unusable(error.to_string()))?;
     let renewal = Renewal::of(&identity)
         .ok_or_else(|| unusable("its certificate names no node".to_owned()))?;
     let tls = member_client(&credentials).map_err(|error| unusable(error.to_string()))?;
-    let ca_fingerprint = fingerprint(&identity.ca_pem)
-        .ok_or_else(|| unusable("ca.crt is not a certificate".to_owned()))?;
-    let trust = Arc::new(Trust::default());
+    if identity.trusted.signer_fingerprint().is_empty() {
+        return Err(unusable(format!("{CA_FILE} is not a certificate")));
+    }
+    let trust = Arc::new(Trust::of(credentials.roots().clone()));
     let io = |source| OpenError::Io { path: config.data_dir.clone(), source };
     // Before the first connection.
     trust.deny(denied::denied(&db).map_err(io)?);
     let cluster_id = identity.record.cluster_id.clone();
-    authority::check(&db, &config.data_dir, &cluster_id);
     let peers = Arc::new(Peers::new(config.host.clone(), tls, trust.clone(), cluster_id));
     let removed = Arc::new(watch::channel(false).0);
     consensus::clean_up(&config.data_dir.join("snapshots")).map_err(io)?;
@@ -56,7 +57,6 @@ pub(crate) async fn start(
     getrandom::fill(&mut nonce).map_err(|error| unusable(error.to_string()))?;
     let node = Arc::new(Node {
         client: format!("node-{id}-{:016x}", u64::from_ne_bytes(nonce)),
-        ca_fingerprint,
         raft,
         machine,
         peers,
@@ -80,7 +80,7 @@ pub(crate) async fn start(
         retention: Mutex::new(config.retention),
         config,
         identity: identity.record,
-        ca_pem: identity.ca_pem,
+        trusted: ArcSwap::from_pointee(identity.trusted),
         credentials,
         renewal,
         trust,

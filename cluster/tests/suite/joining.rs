@@ -181,7 +181,7 @@ pub(crate) fn papers_from(lab: &Lab, on: usize, client: &str) -> Outcome<(Papers
 /// What a service for nodes alone says; `None`: nothing, since the connection was refused. With TLS
 /// 1.3 that may come before or after the request was sent, under several codes; a status that was
 /// made on this side has a source, one that the server sent has none.
-async fn answered(channel: Channel) -> Option<tonic::Code> {
+pub(crate) async fn answered(channel: Channel) -> Option<tonic::Code> {
     let vote = RaftClient::new(channel).vote(v1::RaftMessage { payload: vec![1, 2, 3] }).await;
     match vote {
         Ok(_) => Some(tonic::Code::Ok),

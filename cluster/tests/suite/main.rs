@@ -10,6 +10,7 @@ mod skip;
 
 mod backup;
 mod ca;
+mod ca_rotation;
 mod certificates;
 mod durability;
 mod history;

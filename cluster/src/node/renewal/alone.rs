@@ -10,7 +10,7 @@ use super::super::denied::denied;
 use super::{Held, Owner};
 use crate::authority;
 use crate::certificates;
-use crate::identity::{Life, Pair, Standing, fingerprint, renewal_request};
+use crate::identity::{Life, Pair, Standing, renewal_request};
 use crate::storage::Db;
 use crate::tls::Credentials;
 
@@ -50,7 +50,7 @@ fn usable(
 ) -> Result<Option<Held>, String> {
     let Ok(held) = Held::of(owner.id, pair, None) else { return Ok(None) };
     let good = held.certificate.standing(now_unix_s) == Standing::Good
-        && Credentials::new(pair, owner.ca_pem).is_ok();
+        && Credentials::new(pair, owner.trusted).is_ok();
     let denied = denied(db).map_err(|error| error.to_string())?;
     let refused = denied.refuses(&held.certificate.holder, &held.certificate.serial);
     Ok((good && refused.is_none()).then_some(held))
@@ -58,7 +58,7 @@ fn usable(
 
 fn sign(owner: &Owner<'_>, db: &Db, now_unix_s: u64) -> Result<Pair, String> {
     let ca = authority::own_ca(db, owner.folder, owner.cluster_id)?;
-    if fingerprint(&ca.certificate_pem) != fingerprint(owner.ca_pem) {
+    if !owner.trusted.contains(&ca.certificate_pem) {
         return Err("its copy of the CA's key is another CA's".to_owned());
     }
     let (cluster_id, id) = (owner.cluster_id, owner.id);
