@@ -1,8 +1,8 @@
 //! Finding an agent and talking to it: the local one over its Unix socket, or a cluster's nodes
 //! over TLS 1.3 with both sides verified.
 //!
-//! Invariant: over TCP, nothing is sent to a server whose certificate is not from the context's
-//! CA, or does not name a node of the cluster that our own certificate belongs to.
+//! Invariant: over TCP, nothing is sent to a server whose certificate is not from one of the
+//! context's CAs, or does not name a node of the cluster that our own certificate belongs to.
 
 use std::fmt;
 use std::future::Future;
@@ -206,8 +206,13 @@ impl Identity {
         };
         let (ca_path, key_path) = (folder.join(&context.ca), folder.join(&context.key));
         let certificate_path = folder.join(&context.certificate);
-        let ca =
-            CertificateDer::from_pem_file(&ca_path).map_err(|e| bad(&ca_path, e.to_string()))?;
+        // While the cluster's CA is rotated there are two.
+        let cas: Vec<_> = CertificateDer::pem_file_iter(&ca_path)
+            .and_then(Iterator::collect)
+            .map_err(|error| bad(&ca_path, error.to_string()))?;
+        if cas.is_empty() {
+            return Err(bad(&ca_path, "it holds no certificate".to_owned()));
+        }
         let chain: Vec<_> = CertificateDer::pem_file_iter(&certificate_path)
             .and_then(Iterator::collect)
             .map_err(|error| bad(&certificate_path, error.to_string()))?;
@@ -220,7 +225,9 @@ impl Identity {
         let server_name = ServerName::try_from(format!("{cluster_id}.holdfast"))
             .map_err(|error| bad(&certificate_path, error.to_string()))?;
         let mut roots = RootCertStore::empty();
-        roots.add(ca).map_err(|error| bad(&ca_path, error.to_string()))?;
+        for ca in cas {
+            roots.add(ca).map_err(|error| bad(&ca_path, error.to_string()))?;
+        }
         let mut config =
             rustls::ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
                 .with_root_certificates(roots)
@@ -283,7 +290,7 @@ impl Identity {
 }
 
 /// The cluster id, and `node/ID` or `client/NAME`, of the one `holdfast://` URI in a certificate.
-fn holder(certificate: &[u8]) -> Option<(String, String)> {
+pub(crate) fn holder(certificate: &[u8]) -> Option<(String, String)> {
     use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let names = certificate.subject_alternative_name().ok()??;

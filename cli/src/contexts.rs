@@ -28,7 +28,7 @@ pub(crate) struct Contexts {
 pub(crate) struct Context {
     /// `host:port` of each node's API, tried in order.
     pub(crate) addresses: Vec<String>,
-    /// The cluster's CA certificate, PEM.
+    /// The certificates of the cluster's CA, PEM: one, or two while it is rotated.
     pub(crate) ca: PathBuf,
     /// Our certificate, PEM.
     pub(crate) certificate: PathBuf,

@@ -396,3 +396,33 @@ fn certificates_are_listed_renewed_and_revoked() {
         assert!(ran.stdout.contains("Examples:"), "{ran:?}");
     }
 }
+
+#[test]
+fn the_ca_is_rotated_and_what_it_waits_for_is_shown() {
+    let mock = Mock::start();
+    let ran = mock.run(&["cluster", "ca", "status"]);
+    assert!(ran.exit == Some(0) && ran.stdout.contains("stable"), "{ran:?}");
+    // Nobody can be asked here.
+    let ran = mock.run(&["cluster", "ca", "rotate"]);
+    assert!(ran.exit == Some(2) && ran.stderr.contains("--yes"), "{ran:?}");
+    assert_eq!(mock.agent.0.ca.lock().unwrap().phase, "stable");
+    let ran = mock.run(&["cluster", "ca", "rotate", "--finish", "--yes"]);
+    assert!(ran.exit != Some(0) && ran.stderr.contains("waits for node3"), "{ran:?}");
+    let ran = mock.run(&["cluster", "ca", "rotate", "--yes"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    let shown: Vec<_> = ran.stderr.lines().collect();
+    assert!(
+        shown[0].starts_with("trusting: ") && shown[0].contains("waiting for node3"),
+        "{ran:?}"
+    );
+    assert!(shown[1].starts_with("renewing: "), "{ran:?}");
+    assert!(ran.stdout.contains("renewed: ") && ran.stdout.contains("ann"), "{ran:?}");
+    // It locks ann out: that is confirmed.
+    let ran = mock.run(&["cluster", "ca", "rotate", "--finish"]);
+    assert!(ran.exit == Some(2) && ran.stderr.contains("--yes"), "{ran:?}");
+    let ran = mock.run(&["cluster", "ca", "rotate", "--finish", "--yes"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    // The local agent asks for no certificate.
+    let ran = mock.run(&["context", "renew"]);
+    assert!(ran.exit == Some(3) && ran.stderr.contains("needs no certificate"), "{ran:?}");
+}

@@ -140,3 +140,36 @@ fn a_cluster_that_does_not_know_us_says_so() {
     assert!(ran.stderr.contains("does not accept this client certificate"), "{ran:?}");
     assert!(ran.stderr.contains("create-admin"), "{ran:?}");
 }
+
+#[test]
+fn a_context_is_renewed_for_the_ca_that_signs_now() {
+    let (mock, old, new) = (Mock::start(), Cluster::new("c1"), Cluster::new("c1"));
+    let (before, after) =
+        (listen(&mock, &old, &old.issue("node/1")), listen(&mock, &new, &new.issue("node/2")));
+    let ran = list_by(mock.folder.path(), &old, &old.issue("client/ann"), &[before]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    let run =
+        |arguments: &[&str]| Ran::of(command(mock.folder.path()).args(arguments).output().unwrap());
+    // Nobody signs: it stays as it is.
+    let ran = run(&["context", "renew"]);
+    assert_eq!(ran.exit, Some(4), "{ran:?}");
+    let issuer = (new.ca.key().serialize_pem(), new.ca.pem(), after.to_string());
+    *mock.agent.0.issuer.lock().unwrap() = Some(issuer);
+    // Not while nodes change: what it got now could be of the CA that goes.
+    mock.agent.0.ca.lock().unwrap().phase = "trusting".to_owned();
+    let ran = run(&["context", "renew", "lab"]);
+    assert!(ran.exit == Some(4) && ran.stderr.contains("renewing"), "{ran:?}");
+    assert_eq!(run(&["vm", "list"]).exit, Some(0), "it works as before");
+    let ran = run(&["context", "renew", "lab"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains(&before.to_string()), "{ran:?}");
+    // Nodes of the old CA are not trusted any more: the next address is tried.
+    let ran = run(&["vm", "list"]);
+    assert!(ran.exit == Some(0) && ran.stdout.contains("web"), "{ran:?}");
+    // Again, by the new one; what it had before is removed.
+    let ran = run(&["context", "renew"]);
+    assert_eq!(ran.exit, Some(0), "{ran:?}");
+    assert_eq!(run(&["vm", "list"]).exit, Some(0));
+    let files = std::fs::read_dir(mock.folder.path().join("config/lab")).unwrap();
+    assert_eq!(files.count(), 3);
+}

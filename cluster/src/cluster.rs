@@ -19,8 +19,8 @@ use crate::service::EnrolmentService;
 use crate::tls::{self, Admit, TlsConnection};
 use crate::{
     Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
-    RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError, backup,
-    certificates, membership, removal, rename, verify,
+    RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError, authority,
+    backup, certificates, membership, removal, rename, verify,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -66,10 +66,10 @@ impl Cluster {
     pub fn cluster_name(&self) -> &str {
         &self.node.identity().cluster_name
     }
-    /// SHA-256 of the CA certificate's DER, hexadecimal.
+    /// SHA-256, hexadecimal, of the DER of the certificate of the CA that signs.
     #[must_use]
-    pub fn ca_fingerprint(&self) -> &str {
-        self.node.ca_fingerprint()
+    pub fn ca_fingerprint(&self) -> String {
+        self.node.trusted().signer_fingerprint()
     }
 
     /// One key, and the store's revision that the answer belongs to.
@@ -345,6 +345,31 @@ impl Cluster {
         by: &str,
     ) -> Result<Vec<v1::Certificate>, MembershipError> {
         certificates::revoke(&self.node, what, by).await
+    }
+
+    /// Begins to replace the cluster's CA, or answers how far that is. It goes on by itself until all
+    /// nodes have certificates of the new one; the old one is trusted until
+    /// [`Cluster::finish_ca_rotation`]. `by`: who asked for it.
+    ///
+    /// # Errors
+    /// [`MembershipError`]; `CannotSign` where this node cannot use the CA's key.
+    pub async fn rotate_ca(&self, by: &str) -> Result<v1::CaStatus, MembershipError> {
+        authority::rotation::begin(&self.node, by).await
+    }
+    /// Drops the CA that was replaced: what it signed is refused, and connections of those who
+    /// showed that are cut.
+    ///
+    /// # Errors
+    /// [`MembershipError`]; `Invalid` where a node still needs it.
+    pub async fn finish_ca_rotation(&self, by: &str) -> Result<v1::CaStatus, MembershipError> {
+        authority::rotation::finish(&self.node, by).await
+    }
+    /// Which CA signs, and how far its rotation is.
+    ///
+    /// # Errors
+    /// [`MembershipError`]
+    pub async fn ca_status(&self) -> Result<v1::CaStatus, MembershipError> {
+        authority::rotation::status(&self.node, Consistency::Linearizable).await
     }
 
     /// A gRPC channel to a member: mTLS, accepted only from that very node, shared and kept.

@@ -11,7 +11,8 @@ use tonic::Code;
 use crate::host::Host;
 use crate::identity::token::Token;
 use crate::identity::{
-    Identity, NodeIdentity, Pair, any_node, fingerprint, request, request_for, write_private,
+    Identity, NodeIdentity, Pair, SealingKey, Trusted, any_node, fingerprint, request, request_for,
+    write_private,
 };
 use crate::membership::unix_now_s;
 use crate::tls::{channel, connect, enrol_client};
@@ -20,12 +21,12 @@ use crate::{ClusterConfig, JoinError};
 /// Holds this node's key until it is a member, so that a repeated attempt is the same node's.
 pub(crate) const KEY: &str = "joining.key";
 
-/// Gets this node an identity.
+/// Gets this node an identity, and the key that seals the CA's.
 pub(crate) async fn enrol(
     config: &ClusterConfig,
     token: &str,
     name: &Name,
-) -> Result<Identity, JoinError> {
+) -> Result<(Identity, SealingKey), JoinError> {
     let token = Token::decode(token).map_err(JoinError::Malformed)?;
     let (key_pem, csr_pem) = key(&config.data_dir)?;
     let mut tried = Vec::new();
@@ -108,12 +109,17 @@ fn identity(
     name: &Name,
     key_pem: &str,
     answer: EnrolResponse,
-) -> Result<Identity, JoinError> {
-    let same_ca = fingerprint(&answer.ca_pem).as_ref() == Some(&token.ca_fingerprint);
+) -> Result<(Identity, SealingKey), JoinError> {
+    let revision = answer.ca_revision;
+    let trusted = Trusted { revision, ..Trusted::parse(&answer.ca_pem) };
+    let pinned = |root: &String| fingerprint(root).as_ref() == Some(&token.ca_fingerprint);
+    let same_ca = trusted.roots.iter().any(pinned);
     if !same_ca || answer.cluster_id != token.cluster_id {
         return Err(JoinError::Identity("the answer does not fit the token".to_owned()));
     }
-    Ok(Identity {
+    let unreadable = || JoinError::Identity("the answer holds no sealing key".to_owned());
+    let sealing_key = SealingKey::from_bytes(&answer.sealing_key).ok_or_else(unreadable)?;
+    let identity = Identity {
         record: NodeIdentity {
             cluster_id: answer.cluster_id,
             cluster_name: answer.cluster_name,
@@ -122,8 +128,9 @@ fn identity(
         },
         pair: Pair::new(key_pem, &answer.certificate_pem),
         previous: None,
-        ca_pem: answer.ca_pem,
-    })
+        trusted,
+    };
+    Ok((identity, sealing_key))
 }
 
 /// This node's key and a request on it; the key of an earlier attempt where there is one.

@@ -264,7 +264,7 @@ pub enum JoinError {
     Unreachable(Vec<String>),
     /// The server is not of the cluster that made the token.
     #[error(
-        "{address} does not belong to the cluster that made this token (its CA has another fingerprint); nothing was sent to it"
+        "{address} does not belong to the cluster that made this token, or the cluster's CA was replaced since (it has another fingerprint); nothing was sent to it. Where it is the right cluster, make a new token with `clusterctl cluster token create`"
     )]
     WrongCluster {
         /// Who answered.
@@ -330,6 +330,14 @@ pub enum MembershipError {
     /// A node goes on with the certificate that it has.
     #[error("the node did not get a new certificate: {0}; it goes on with the one that it has")]
     NotRenewed(String),
+    /// The node that was asked has no use of the CA's key.
+    #[error("node `{node}` cannot sign certificates: {why}")]
+    CannotSign {
+        /// Who was asked.
+        node: String,
+        /// Why, and what helps.
+        why: String,
+    },
     /// The request breaks a rule.
     #[error("{0}")]
     Invalid(String),

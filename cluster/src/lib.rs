@@ -8,13 +8,14 @@
 //!      └── identity (CA, tokens) ── tls (listener, connector)
 //! ```
 //!
-//! Owns: the data folder (lock, key, certificate, database, snapshots), the Raft instance, the
+//! Owns: the data folder (lock, keys, certificates, database, snapshots), the Raft instance, the
 //! gRPC services `Raft`, `Enrolment`. Never: VMs, HA decisions, listening
 //! sockets (the agent binds them and mounts the services).
 //!
 //! Invariants: `openraft` is named only in [`consensus`]; `machine` reads no clock, draws no random
 //! number and does no I/O of its own; what was acknowledged is on the disks of a quorum.
 
+mod authority;
 mod backup;
 mod certificates;
 mod cluster;

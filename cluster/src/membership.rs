@@ -11,10 +11,11 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use tonic::Status;
 
+use crate::authority::{self, CA_KEY, CaRecord, Signer};
 use crate::certificates;
 use crate::consensus::{Forward, Forwarded, MemberNode};
 use crate::identity::token::{Token, TokenRecord, TokenUse};
-use crate::identity::{Ca, Life, request_key_hash};
+use crate::identity::{Life, request_key_hash};
 use crate::node::Node;
 use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
 
@@ -24,9 +25,6 @@ const TOKEN_TTL_S: u32 = 3600;
 const TOKEN_TTL_MAX_S: u32 = 7 * 24 * 3600;
 /// Attempts of a transaction whose compares meet concurrent changes.
 const ATTEMPTS: usize = 16;
-
-/// The CA's key and certificate.
-pub(crate) const CA_KEY: &str = "priv/ca";
 
 fn key(rest: &str) -> String {
     format!("{}{rest}", keys::PRIV)
@@ -63,7 +61,7 @@ pub(crate) fn from_json<T: DeserializeOwned>(kv: &KeyValue) -> Result<T, StoreEr
 /// The records that every cluster has from its beginning.
 pub(crate) async fn write_first_records(
     node: &Node,
-    ca: &Ca,
+    ca: &CaRecord,
     name: &Name,
 ) -> Result<(), InitError> {
     // The node records its certificate by itself, now or a moment later: here it would be a conflict.
@@ -85,13 +83,6 @@ async fn read(node: &Node, key: &str) -> Result<Option<KeyValue>, StoreError> {
     Ok(node.get(key, Consistency::Linearizable).await?.0)
 }
 
-pub(crate) async fn ca(node: &Node) -> Result<Ca, StoreError> {
-    match read(node, CA_KEY).await? {
-        Some(kv) => from_json(&kv),
-        None => Err(StoreError::Failed { why: "the cluster's CA record is missing".to_owned() }),
-    }
-}
-
 /// Makes a one-time token.
 pub(crate) async fn create_token(
     node: &Node,
@@ -109,7 +100,7 @@ pub(crate) async fn create_token(
     let mut members = node.members();
     members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
     let addresses = members.into_iter().map(|member| member.enrol_address).collect();
-    let fingerprint = node.ca_fingerprint().to_owned();
+    let fingerprint = node.trusted().signer_fingerprint();
     let token = Token::make(record.cluster_id.clone(), fingerprint, addresses)
         .map_err(|error| random(&error))?;
     let expires_unix_s = unix_now_s().saturating_add(u64::from(ttl_s));
@@ -143,12 +134,12 @@ pub(crate) async fn issue_client(
     let name: Name = name
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
-    let ca = ca(node).await?;
-    let certificate_pem = certificates::issue_client(node, &ca, name.as_str(), csr_pem).await?;
+    let (certificate_pem, record) =
+        certificates::issue_client(node, name.as_str(), csr_pem).await?;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
     Ok(v1::IssueClientResponse {
         certificate_pem,
-        ca_pem: ca.certificate_pem,
+        ca_pem: record.for_clients(),
         api_addresses,
         // The agent says it: it judges by it.
         role: String::new(),
@@ -195,20 +186,10 @@ pub(crate) async fn enrol(
         .map_err(Status::invalid_argument)?;
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    // Before the token is used up: where this member cannot sign, another one may.
+    let signer = authority::signer(node).await?;
     let id = admit(node, &request, &name, &key_hash).await?;
-    let ca = ca(node).await?;
-    let record = node.identity();
-    let life = Life::from_now(node.config().certificates.node);
-    let certificate_pem = ca
-        .sign_node(&record.cluster_id, id, &request.csr_pem, life)
-        .map_err(|error| certificates::not_signed(&error))?;
-    // Also for one that was let in before, but did not get the answer. Not for one that was removed
-    // since: an id is given once, and its token is used up.
-    let present = Txn::new().by("system").if_absent(keys::removal(id));
-    let noted = certificates::enrolled(present, &certificate_pem)?;
-    if !node.txn(noted).await?.committed() {
-        return Err(removed_since(id));
-    }
+    let (certificate_pem, signer) = sign_in(node, id, &request.csr_pem, signer).await?;
     let member = MemberNode {
         name: name.to_string(),
         api_address: request.api_address,
@@ -224,14 +205,45 @@ pub(crate) async fn enrol(
         other => return Err(Status::unavailable(format!("the node was not added: {other:?}"))),
     }
     take_back_if_removed(node, id).await?;
+    let (record, trusted) = (node.identity(), signer.record.trusted(signer.revision));
     Ok(v1::EnrolResponse {
         cluster_id: record.cluster_id.clone(),
         cluster_name: record.cluster_name.clone(),
         node_id: id.0,
         certificate_pem,
-        ca_pem: ca.certificate_pem,
+        ca_pem: trusted.bundle(),
+        ca_revision: trusted.revision,
         members: node.members().into_iter().map(Into::into).collect(),
+        sealing_key: signer.sealing_key.bytes().to_vec(),
     })
+}
+
+/// Signs and records the certificate that a node comes in with, as the CA is at that moment.
+async fn sign_in(
+    node: &Node,
+    id: NodeId,
+    csr_pem: &str,
+    mut signer: Signer,
+) -> Result<(String, Signer), Status> {
+    for _ in 0..ATTEMPTS {
+        let life = Life::from_now(node.config().certificates.node);
+        let signed = signer
+            .ca
+            .sign_node(&node.identity().cluster_id, id, csr_pem, life)
+            .map_err(|error| certificates::not_signed(&error))?;
+        // Also for one that was let in before, but did not get the answer. Not for one that was
+        // removed since: an id is given once, and its token is used up.
+        let present = signer.unchanged(Txn::new().by("system").if_absent(keys::removal(id)));
+        if node.txn(certificates::enrolled(present, &signed)?).await?.committed() {
+            return Ok((signed, signer));
+        }
+        if read(node, &keys::removal(id)).await?.is_some() {
+            return Err(removed_since(id));
+        }
+        // The CA was rotated meanwhile.
+        signer = authority::signer(node).await?;
+    }
+    Err(Status::unavailable("the cluster's CA is being rotated; join again"))
 }
 
 fn removed_since(id: NodeId) -> Status {
@@ -437,6 +449,7 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
         // The agent knows what runs where.
         if_fails: Vec::new(),
         verification: crate::verify::last(node),
+        ca: authority::rotation::under_way(node).await,
     }
 }
 

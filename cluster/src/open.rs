@@ -8,9 +8,12 @@ use proto::{Name, NodeId};
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
+use crate::authority::CaRecord;
 use crate::consensus::{MemberNode, lead};
 use crate::host::{Host, blocking};
-use crate::identity::{Ca, Identity, Life, NodeIdentity, Pair, request};
+use crate::identity::{
+    Ca, Identity, Life, NodeIdentity, Pair, SEALING_KEY, SealingKey, Trusted, request,
+};
 use crate::node::{self, Node};
 use crate::storage::{Db, FolderLock};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
@@ -114,6 +117,8 @@ impl Uninitialized {
         let (key_pem, csr) = request().map_err(|error| made(&error))?;
         let cluster_id = new_id().map_err(|error| made(&error))?;
         let ca = Ca::make(&cluster_id).map_err(|error| made(&error))?;
+        let sealing_key = SealingKey::make().map_err(|error| made(&error))?;
+        let sealed = CaRecord::first(&ca, &sealing_key, &cluster_id).map_err(|e| made(&e))?;
         let node_id = NodeId(1);
         let life = Life::from_now(self.config.certificates.node);
         let certificate =
@@ -121,7 +126,7 @@ impl Uninitialized {
         let identity = Identity {
             pair: Pair::new(&key_pem, &certificate),
             previous: None,
-            ca_pem: ca.certificate_pem.clone(),
+            trusted: Trusted::only(&ca.certificate_pem),
             record: NodeIdentity {
                 cluster_id,
                 cluster_name: cluster_name.to_string(),
@@ -130,11 +135,11 @@ impl Uninitialized {
             },
         };
         let node = self.start_empty(identity.clone()).await?;
-        let mut done = self.first_records(&node, &ca, &node_name).await;
+        let mut done = self.first_records(&node, &sealed, &node_name).await;
         if let (Ok(()), Some(data)) = (&done, data) {
             done = data.write(&node).await;
         }
-        if let Err(error) = done.and_then(|()| Ok(identity.store(&self.config.data_dir)?)) {
+        if let Err(error) = done.and_then(|()| Ok(self.keep(&sealing_key, &identity)?)) {
             self.give_back(&node).await;
             return Err(error);
         }
@@ -142,7 +147,21 @@ impl Uninitialized {
         Ok(Cluster::new(node))
     }
 
-    async fn first_records(&self, node: &Node, ca: &Ca, name: &Name) -> Result<(), InitError> {
+    /// Puts the identity on disk: from then on the folder is a member's.
+    fn keep(&self, sealing_key: &SealingKey, identity: &Identity) -> Result<(), OpenError> {
+        let folder = &self.config.data_dir;
+        sealing_key
+            .store(folder)
+            .map_err(|source| OpenError::Io { path: folder.join(SEALING_KEY), source })?;
+        identity.store(folder)
+    }
+
+    async fn first_records(
+        &self,
+        node: &Node,
+        ca: &CaRecord,
+        name: &Name,
+    ) -> Result<(), InitError> {
         let member = MemberNode::of(name.as_str(), &self.config);
         lead::initialize(node.raft(), 1, member)
             .await
@@ -159,9 +178,9 @@ impl Uninitialized {
     pub async fn join(&self, token: &str, node_name: &str) -> Result<Cluster, JoinError> {
         let _one = self.busy.lock().await;
         let name: Name = node_name.parse()?;
-        let identity = crate::enrol::enrol(&self.config, token, &name).await?;
+        let (identity, sealing_key) = crate::enrol::enrol(&self.config, token, &name).await?;
         let node = self.start_empty(identity.clone()).await?;
-        if let Err(error) = identity.store(&self.config.data_dir) {
+        if let Err(error) = self.keep(&sealing_key, &identity) {
             self.give_back(&node).await;
             return Err(error.into());
         }

@@ -44,7 +44,7 @@ use proto::{Name, NodeId, VmId, keys};
 
 use crate::backup;
 use crate::consensus::{Held, held, settled};
-use crate::identity::Identity;
+use crate::identity::{Identity, SEALING_KEY};
 use crate::machine::{Overlay, Read, Record, Table, decode};
 use crate::restore::{Checked, Own, Restored, runs_on};
 use crate::storage::{FolderLock, Frozen, View};
@@ -59,7 +59,7 @@ const BACKUP: &str = "recover.hfb";
 const KEPT: &str = "before-recover-";
 const RECOVERED: &str = "recovered";
 /// What a member's folder holds of its cluster; the identity first.
-const PARTS: [&str; 5] = ["identity.json", "node.pem", "ca.crt", "db", "snapshots"];
+const PARTS: [&str; 6] = ["identity.json", "node.pem", "ca.crt", SEALING_KEY, "db", "snapshots"];
 
 /// Why a node was not recovered. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -427,7 +427,7 @@ fn partial(kept: &Path) -> PathBuf {
 
 /// Moves the old cluster's files away and the new one's in.
 fn swap(folder: &Path, kept: &Path) -> io::Result<()> {
-    // With the old CA's key in it, also where it is moved to some day.
+    // With the old CA's key in it, and what opens it, also where it is moved to some day.
     match fs::DirBuilder::new().mode(0o700).create(partial(kept)) {
         // Of an attempt that moved nothing.
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -482,7 +482,7 @@ fn sync(folder: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const OLD: [&str; 4] = ["identity.json", "node.pem", "ca.crt", "db"];
+    const OLD: [&str; 5] = ["identity.json", "node.pem", "ca.crt", SEALING_KEY, "db"];
 
     fn folder() -> io::Result<tempfile::TempDir> {
         let folder = tempfile::tempdir()?;

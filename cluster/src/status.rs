@@ -38,7 +38,9 @@ impl From<MembershipError> for Status {
             MembershipError::UnknownNode(_) | MembershipError::UnknownCertificate(_) => {
                 Self::not_found(text)
             }
-            MembershipError::NotRenewed(_) => Self::unavailable(text),
+            MembershipError::NotRenewed(_) | MembershipError::CannotSign { .. } => {
+                Self::unavailable(text)
+            }
             MembershipError::QuorumAtRisk { .. }
             | MembershipError::LastNode(_)
             | MembershipError::OwnsVms { .. }

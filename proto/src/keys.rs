@@ -29,6 +29,8 @@ pub const FENCED: &str = "status/fenced/";
 pub const REMOVALS: &str = "status/removals/";
 /// All records of certificates.
 pub const CERTIFICATES: &str = "status/certificates/";
+/// Which members trust the CA that is to sign next.
+pub const CA_TRUST: &str = "status/ca/trust/";
 /// Which leader may act for HA.
 pub const HA_LEADER: &str = "status/ha/leader";
 /// How the members' copies compared last.
@@ -37,7 +39,7 @@ pub const VERIFICATION: &str = "status/verification";
 pub const ADMINISTRATION: &str = "status/administration";
 /// All disk claims.
 pub const DISKS: &str = "status/disks/";
-/// All that is for root alone: CA key, join tokens.
+/// All that is for root alone: the CA's encrypted key, join tokens.
 pub const PRIV: &str = "priv/";
 
 /// What makes this cluster itself, or lets somebody in: its CA, join tokens, the names and ids of
@@ -75,6 +77,11 @@ pub fn removal(node: NodeId) -> String {
 #[must_use]
 pub fn certificate(serial: &str) -> String {
     format!("{CERTIFICATES}{serial}")
+}
+/// A member's word that it trusts all CAs that a revision of the CA's record names.
+#[must_use]
+pub fn ca_trust(node: NodeId) -> String {
+    format!("{CA_TRUST}{:020}", node.0)
 }
 /// The claim of one VM on a writable disk image, `pool/name`.
 #[must_use]

@@ -269,7 +269,7 @@ impl VerificationOutcome {
     }
 }
 
-/// A certificate that the cluster's CA has issued. It stays until some time after its end; one that
+/// A certificate that the cluster's CA, or one before it, has issued. It stays until some time after its end; one that
 /// was revoked stays for ever.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateRecord {
@@ -291,6 +291,8 @@ pub struct CertificateRecord {
     /// Why its holder, a node, has not got the next one yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
+    /// Which CA signed it: the identifier of that one's key, lower-case hexadecimal.
+    pub authority: String,
 }
 
 /// Whom a certificate names.

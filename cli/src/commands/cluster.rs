@@ -1,6 +1,7 @@
 //! `clusterctl cluster`: form it, join it, see how it is.
 
 mod backup;
+mod ca;
 mod certificates;
 mod restore;
 mod verify;
@@ -100,6 +101,9 @@ pub(crate) enum Command {
         #[arg(default_value = "", hide_default_value = true)]
         node: String,
     },
+    /// The CA that signs certificates, and another one in its place
+    #[command(subcommand)]
+    Ca(ca::Command),
     /// Certificates of nodes and clients: who has which, until when
     #[command(subcommand)]
     Cert(certificates::Command),
@@ -190,6 +194,7 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let moved = session.call("move leadership", moved).await?;
             output::print(format, &moved, |moved| format!("{} leads", moved.leader))
         }
+        Command::Ca(command) => ca::run(session, command).await,
         Command::Cert(command) => certificates::run(session, command).await,
         Command::Remove { node } => {
             let request = v1::RemoveNodeRequest { node: node.clone() };
@@ -239,6 +244,7 @@ fn status_table(status: &v1::ClusterStatus) -> String {
         ("revision", status.revision.to_string()),
         ("answered by", name_of(status.answered_by)),
         ("copies", status.verification.as_ref().map(copies).unwrap_or_default()),
+        ("CA rotation", status.ca.as_ref().map(ca::progress).unwrap_or_default()),
     ]);
     let rows = status.members.iter().map(|status_of| {
         let member = status_of.member.clone().unwrap_or_default();
@@ -300,6 +306,11 @@ mod tests {
                 summary: "THE COPIES DIFFER: n2 (its data differ)".into(),
                 ..v1::Verification::default()
             }),
+            ca: Some(v1::CaStatus {
+                phase: "trusting".into(),
+                waiting_for: vec!["n2 (silent)".into()],
+                ..v1::CaStatus::default()
+            }),
             ..v1::ClusterStatus::default()
         };
         let text = status_table(&status);
@@ -309,6 +320,7 @@ mod tests {
         );
         assert!(text.contains("quorum       NO:") && text.contains("leader       none"), "{text}");
         assert!(text.contains("answered by  node1"), "{text}");
+        assert!(text.contains("CA rotation  trusting: ") && text.contains("n2 (silent)"), "{text}");
         assert!(
             text.contains("voter") && text.ends_with("if node1 fails: quorum is lost"),
             "{text}"

@@ -1,14 +1,16 @@
 //! `clusterctl context`: which cluster to talk to, and as whom.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use proto::v1;
 use proto::v1::membership_client::MembershipClient;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use serde::Serialize;
 
 use crate::args::Global;
-use crate::connect::Session;
+use crate::connect::{Session, Target, holder};
 use crate::contexts::{self, Context, Contexts, write_private};
 use crate::failure::{Exit, Failure};
 use crate::output::{self, yes};
@@ -61,6 +63,15 @@ pub(crate) enum Command {
         /// Use it from now on
         #[arg(long = "use")]
         use_it: bool,
+    },
+    /// Get a new key and certificate for a context, and the CA that the cluster has now; without a
+    /// name, for the one in use
+    #[command(
+        after_help = "Before its certificate ends, or after `clusterctl cluster ca rotate`. The old certificate stays\ngood until it ends, its CA is dropped, or it is revoked (`clusterctl cluster cert revoke SERIAL`).\n\nExamples:\n  clusterctl context renew\n  clusterctl context renew lab"
+    )]
+    Renew {
+        /// Its name
+        name: Option<String>,
     },
     /// All contexts
     #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl context list")]
@@ -126,6 +137,18 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<(), Failure
             }
             Ok(())
         }
+        Command::Renew { name } => {
+            let Some(name) = name.or_else(|| known.current.clone()) else {
+                return Err(Failure::new(Exit::NotFound, "no context is in use")
+                    .why("commands go to the local agent, which needs no certificate")
+                    .remedy("name one: see `clusterctl context list`"));
+            };
+            let known = renew(global, &folder, known, &name).await?;
+            match show(&known, &name) {
+                Some(shown) => print_one(global, &shown),
+                None => Ok(()),
+            }
+        }
         Command::List => {
             let shown: Vec<_> =
                 known.contexts.keys().filter_map(|name| show(&known, name)).collect();
@@ -190,6 +213,85 @@ async fn issue(
     let request = v1::IssueClientRequest { name, csr_pem };
     let issued = session.call("get a client certificate", client.issue_client(request)).await?;
     Ok((key.serialize_pem(), issued))
+}
+
+/// As [`Command::Renew`], for the context that these flags mean; nothing where they mean none.
+pub(crate) async fn renew_in_use(global: &Global) -> Result<(), Failure> {
+    let Ok(folder) = contexts::folder() else { return Ok(()) };
+    let known = Contexts::load(&folder)?;
+    let environment = |name: &str| std::env::var(name).ok();
+    match Target::choose(global, environment, known.current.as_deref()) {
+        Target::Context(name) => renew(global, &folder, known, &name).await.map(drop),
+        Target::Socket(_) => Ok(()),
+    }
+}
+
+/// Asks, as the context, for a certificate on a new key. The new files are complete before the
+/// context names them, so that it works whatever happens meanwhile.
+async fn renew(
+    global: &Global,
+    folder: &Path,
+    mut known: Contexts,
+    name: &str,
+) -> Result<Contexts, Failure> {
+    let old = known.get(name)?.clone();
+    let what = format!("renew context `{name}`");
+    let path = folder.join(&old.certificate);
+    let der = CertificateDer::from_pem_file(&path).ok();
+    let holder = der
+        .as_ref()
+        .and_then(|der| holder(der))
+        .and_then(|(_, holder)| holder.strip_prefix("client/").map(str::to_owned));
+    let client = holder.ok_or_else(|| {
+        Failure::new(Exit::Usage, format!("cannot {what}"))
+            .why(format!("{} is no client's certificate", path.display()))
+    })?;
+    let global = Global { context: Some(name.to_owned()), socket: None, ..global.clone() };
+    let session = Session::open(&global).await?;
+    let mut membership = MembershipClient::new(session.channel.clone());
+    let ca = session.call(&what, membership.get_ca_status(v1::CaStatusRequest {})).await?;
+    if matches!(ca.phase.as_str(), "trusting" | "renewing") {
+        return Err(Failure::new(Exit::Refused, format!("cannot {what} now"))
+            .why(format!("the cluster's CA is being rotated, in phase `{}`", ca.phase))
+            .remedy("do it once `clusterctl cluster ca status` says `renewed`"));
+    }
+    let (key, issued) = issue(&global, client).await?;
+    let serial = serial(&issued.certificate_pem).ok_or_else(|| {
+        Failure::new(Exit::Failed, format!("cannot {what}")).why("the answer is no certificate")
+    })?;
+    let own = |file: &str| PathBuf::from(name).join(format!("{file}-{serial}.pem"));
+    let context = Context {
+        addresses: merged(&old.addresses, issued.api_addresses),
+        ca: own("ca"),
+        certificate: own("cert"),
+        key: own("key"),
+    };
+    write_private(&folder.join(&context.key), key.as_bytes())?;
+    write_private(&folder.join(&context.certificate), issued.certificate_pem.as_bytes())?;
+    write_private(&folder.join(&context.ca), issued.ca_pem.as_bytes())?;
+    known.contexts.insert(name.to_owned(), context);
+    known.store(folder)?;
+    // Those that were made by us; files that a person named stay.
+    for file in [&old.key, &old.certificate, &old.ca] {
+        if file.starts_with(name) {
+            let _ = std::fs::remove_file(folder.join(file));
+        }
+    }
+    Ok(known)
+}
+
+/// The known addresses first, in their order, then the new ones.
+fn merged(known: &[String], new: Vec<String>) -> Vec<String> {
+    let more = new.into_iter().filter(|address| !known.contains(address));
+    known.iter().cloned().chain(more).collect()
+}
+
+/// The first half of a certificate's serial number.
+fn serial(certificate_pem: &str) -> Option<String> {
+    use x509_parser::prelude::{FromDer, X509Certificate};
+    let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes()).ok()?;
+    let (_, parsed) = X509Certificate::from_der(&der).ok()?;
+    Some(parsed.raw_serial().iter().take(8).map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn finish(

@@ -42,6 +42,10 @@ pub(crate) struct Seen {
     pub(crate) restored: std::sync::Mutex<Vec<u8>>,
     /// What comparing the copies comes to.
     pub(crate) verification: std::sync::Mutex<v1::Verification>,
+    /// Who signs clients' certificates: key, certificate (PEM), and where its nodes are. None: nobody.
+    pub(crate) issuer: std::sync::Mutex<Option<(String, String, String)>>,
+    /// How far the rotation of the CA is; empty: there is none.
+    pub(crate) ca: std::sync::Mutex<v1::CaStatus>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -283,6 +287,16 @@ impl v1::storage_server::Storage for Agent {
 }
 
 /// Issued three hours ago, good for 30 hours more.
+/// A client's certificate, of cluster c1.
+fn sign(key: &str, ca: &str, asked: &v1::IssueClientRequest) -> Result<String, rcgen::Error> {
+    let issuer = rcgen::Issuer::from_ca_cert_pem(ca, rcgen::KeyPair::from_pem(key)?)?;
+    let mut csr = rcgen::CertificateSigningRequestParams::from_pem(&asked.csr_pem)?;
+    let uri = format!("holdfast://c1/client/{}", asked.name);
+    csr.params.subject_alt_names = vec![rcgen::SanType::URI(uri.try_into()?)];
+    csr.params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    Ok(csr.signed_by(&issuer)?.pem())
+}
+
 fn certificate(kind: &str, name: &str, serial: &str, state: &str) -> v1::Certificate {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     let now_unix_s = now.as_secs();
@@ -380,9 +394,17 @@ impl v1::membership_server::Membership for Agent {
     }
     async fn issue_client(
         &self,
-        _: Request<v1::IssueClientRequest>,
+        request: Request<v1::IssueClientRequest>,
     ) -> Answer<v1::IssueClientResponse> {
-        Err(Status::permission_denied("for root alone"))
+        let issuer = self.0.issuer.lock().unwrap().clone();
+        let (key, ca_pem, address) =
+            issuer.ok_or_else(|| Status::permission_denied("for root alone"))?;
+        let asked = request.into_inner();
+        let certificate_pem = sign(&key, &ca_pem, &asked).map_err(|error| {
+            Status::invalid_argument(format!("no certificate for {}: {error}", asked.name))
+        })?;
+        let api_addresses = vec![address];
+        Ok(Response::new(v1::IssueClientResponse { certificate_pem, ca_pem, api_addresses }))
     }
     async fn list_certificates(
         &self,
@@ -412,6 +434,34 @@ impl v1::membership_server::Membership for Agent {
             other => return Err(Status::not_found(format!("there is no node `{other}`"))),
         };
         Ok(Response::new(v1::RenewCertificatesResponse { renewed }))
+    }
+    async fn rotate_ca(&self, request: Request<v1::RotateCaRequest>) -> Answer<v1::CaStatus> {
+        let mut ca = self.0.ca.lock().unwrap();
+        match (request.into_inner().finish, ca.phase.as_str()) {
+            (false, _) => {
+                ca.phase = "trusting".to_owned();
+                ca.waiting_for = vec!["node3 (does not trust the new CA yet)".to_owned()];
+            }
+            (true, "renewed") => *ca = v1::CaStatus::default(),
+            (true, _) => return Err(Status::invalid_argument("it waits for node3")),
+        }
+        Ok(Response::new(ca.clone()))
+    }
+    /// Each look finds it one phase further.
+    async fn get_ca_status(&self, _: Request<v1::CaStatusRequest>) -> Answer<v1::CaStatus> {
+        let mut ca = self.0.ca.lock().unwrap();
+        let phase = std::mem::take(&mut ca.phase);
+        let next = match phase.as_str() {
+            "" => "stable",
+            "trusting" => "renewing",
+            "renewing" => "renewed",
+            other => other,
+        };
+        ca.phase = next.to_owned();
+        if next == "renewed" {
+            (ca.waiting_for, ca.clients) = (Vec::new(), vec!["ann".to_owned()]);
+        }
+        Ok(Response::new(ca.clone()))
     }
     async fn revoke_certificates(
         &self,

@@ -7,10 +7,11 @@ use proto::v1::RenewRequest;
 use proto::{NodeId, Revision, keys};
 use tonic::Status;
 
-use super::{all, not_signed, recorded};
+use super::{ATTEMPTS, all, not_signed, recorded};
+use crate::authority::{self, CaRecord};
 use crate::consensus::{REMOVED, lead};
-use crate::identity::{Ca, Life, check_renewal, request_key_hash};
-use crate::membership::{self, from_json, unix_now_s};
+use crate::identity::{Life, check_renewal, request_key_hash};
+use crate::membership::{from_json, unix_now_s};
 use crate::node::Node;
 use crate::{Consistency, MembershipError, Txn};
 
@@ -83,33 +84,39 @@ pub(crate) async fn issue_next(node: &Node, request: &RenewRequest) -> Result<St
         tracing::warn!(node = %id, why = status.message(), "it gets no new certificate");
     })?;
     let life = Life::from_now(node.config().certificates.node);
-    let signed = membership::ca(node)
-        .await?
+    let signer = authority::signer(node).await?;
+    let signed = signer
+        .ca
         .sign_node(cluster_id, id, &request.csr_pem, life)
         .map_err(|error| not_signed(&error))?;
     let still = leaving.map_or(Revision(0), |kv| kv.mod_revision);
-    let txn = recorded(Txn::new().by("system").if_revision(removal, still), &signed)?;
-    if node.txn(txn).await?.committed() {
+    let txn = signer.unchanged(Txn::new().by("system").if_revision(removal, still));
+    if node.txn(recorded(txn, &signed)?).await?.committed() {
         return Ok(signed);
     }
-    Err(Status::aborted("the node is being removed; ask again"))
+    Err(Status::aborted("the node is being removed, or the CA rotated; ask again"))
 }
 
-/// Signs a client's certificate. PEM.
+/// Signs a client's certificate. PEM; and the CA's record that it was signed by.
 pub(crate) async fn issue_client(
     node: &Node,
-    ca: &Ca,
     name: &str,
     csr_pem: &str,
-) -> Result<String, MembershipError> {
-    let life = Life::from_now(node.config().certificates.client);
-    let signed = ca
-        .sign_client(&node.identity().cluster_id, name, csr_pem, life)
-        .map_err(|error| MembershipError::Invalid(error.to_string()))?;
-    if node.txn(recorded(Txn::new(), &signed)?).await?.committed() {
-        return Ok(signed);
+) -> Result<(String, CaRecord), MembershipError> {
+    for _ in 0..ATTEMPTS {
+        let signer = authority::signer(node).await?;
+        let life = Life::from_now(node.config().certificates.client);
+        let signed = signer
+            .ca
+            .sign_client(&node.identity().cluster_id, name, csr_pem, life)
+            .map_err(|error| MembershipError::Invalid(error.to_string()))?;
+        // Not where the CA was rotated meanwhile.
+        if node.txn(recorded(signer.unchanged(Txn::new()), &signed)?).await?.committed() {
+            return Ok((signed, signer.record));
+        }
     }
-    Err(MembershipError::Invalid("the serial number is taken; ask again".to_owned()))
+    let why = "the cluster's CA is being rotated; ask again";
+    Err(MembershipError::Invalid(why.to_owned()))
 }
 
 #[cfg(test)]

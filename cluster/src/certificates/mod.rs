@@ -44,9 +44,9 @@ const ATTEMPTS: usize = 16;
 
 /// A record with the key it is under.
 #[derive(Debug, Clone)]
-struct Known {
+pub(crate) struct Known {
     serial: String,
-    record: CertificateRecord,
+    pub(crate) record: CertificateRecord,
     created: Revision,
     /// The last write.
     revision: Revision,
@@ -67,6 +67,7 @@ fn record_of(certificate: &Certificate) -> Option<CertificateRecord> {
         in_use: false,
         revoked: None,
         trouble: None,
+        authority: certificate.authority.clone(),
     })
 }
 
@@ -187,7 +188,7 @@ pub(crate) async fn note_trouble(
     Ok(())
 }
 
-async fn all(node: &Node, consistency: Consistency) -> Result<Vec<Known>, StoreError> {
+pub(crate) async fn all(node: &Node, consistency: Consistency) -> Result<Vec<Known>, StoreError> {
     let kvs = node.range(keys::CERTIFICATES, "", 0, consistency, false).await?.kvs;
     kvs.into_iter()
         .map(|kv| {
@@ -200,7 +201,7 @@ async fn all(node: &Node, consistency: Consistency) -> Result<Vec<Known>, StoreE
 }
 
 /// Removed nodes, and the names that they had.
-async fn removed(node: &Node) -> Result<BTreeMap<NodeId, String>, StoreError> {
+pub(crate) async fn removed(node: &Node) -> Result<BTreeMap<NodeId, String>, StoreError> {
     let kvs = node.range(keys::REMOVALS, "", 0, Consistency::Stale, false).await?.kvs;
     let mut removed = BTreeMap::new();
     for kv in kvs {
@@ -291,6 +292,7 @@ mod tests {
             in_use: false,
             revoked: None,
             trouble: None,
+            authority: String::new(),
         };
         let (created, revision) = (Revision(1), Revision(1));
         Known { serial: serial.to_owned(), record, created, revision }

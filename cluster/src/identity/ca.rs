@@ -11,7 +11,8 @@ use rcgen::{
 use ring::digest;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
-use serde::{Deserialize, Serialize};
+use x509_parser::extensions::ParsedExtension;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::names;
 
@@ -40,10 +41,11 @@ impl Life {
     }
 }
 
-/// The CA's key and certificate, as kept under `priv/ca`.
-#[derive(Clone, Serialize, Deserialize)]
+/// The CA's key and certificate. Kept only sealed ([`super::SealedCa`]).
+#[derive(Clone)]
 pub(crate) struct Ca {
-    key_pem: String,
+    /// PKCS #8.
+    pub(super) key_der: Vec<u8>,
     /// Certificate, PEM.
     pub(crate) certificate_pem: String,
 }
@@ -74,15 +76,37 @@ impl From<rcgen::Error> for SignError {
 }
 
 impl Ca {
+    /// The clear key, PKCS #8.
+    #[cfg(test)]
+    pub(crate) fn key_bytes(&self) -> &[u8] {
+        &self.key_der
+    }
+
     /// A new authority for a cluster.
     pub(crate) fn make(cluster_id: &str) -> Result<Self, rcgen::Error> {
-        let mut params = params(&format!("Holdfast CA of cluster {cluster_id}"))?;
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.not_before = date_time_ymd(2020, 1, 1);
-        params.not_after = date_time_ymd(2070, 1, 1);
+        // Each has a name of its own, so that a chain tells which one is meant.
+        let mut number = [0; 4];
+        getrandom::fill(&mut number).map_err(|_| rcgen::Error::RingUnspecified)?;
+        let name = format!("Holdfast CA {} of cluster {cluster_id}", hex(&number));
+        // It certifies its successor (`cross_sign`), and nothing else that signs.
+        let params = authority(&name, 1)?;
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-        Ok(Self { key_pem: issuer.key().serialize_pem(), certificate_pem: issuer.pem() })
+        Ok(Self { key_der: issuer.key().serialize_der(), certificate_pem: issuer.pem() })
+    }
+
+    /// Certifies another CA's key: whoever trusts this CA alone can verify what that one signs.
+    pub(crate) fn cross_sign(&self, other: &Self) -> Result<String, rcgen::Error> {
+        let name =
+            common_name_of(&other.certificate_pem).ok_or(rcgen::Error::CouldNotParseCertificate)?;
+        let mut params = authority(&name, 0)?;
+        params.use_authority_key_identifier_extension = true;
+        let key = KeyPair::try_from(other.key_der.as_slice())?;
+        Ok(params.signed_by(&key, &self.issuer()?)?.pem())
+    }
+
+    fn issuer(&self) -> Result<Issuer<'static, KeyPair>, rcgen::Error> {
+        let key = KeyPair::try_from(self.key_der.as_slice())?;
+        Issuer::from_ca_cert_pem(&self.certificate_pem, key)
     }
 
     /// A certificate for a node's request. What the request asks for is ignored but its key.
@@ -134,10 +158,35 @@ impl Ca {
         let after = |seconds: u64| date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds);
         params.not_before = after(life.from_unix_s.saturating_sub(BACKDATE_S));
         params.not_after = after(life.from_unix_s.saturating_add(life.lasts_s).min(END_UNIX_S));
-        let issuer =
-            Issuer::from_ca_cert_pem(&self.certificate_pem, KeyPair::from_pem(&self.key_pem)?)?;
-        Ok(params.signed_by(&request.public_key, &issuer)?.pem())
+        Ok(params.signed_by(&request.public_key, &self.issuer()?)?.pem())
     }
+}
+
+/// What stands in a CA's certificate; `below`: how many more may stand between it and a holder's.
+fn authority(name: &str, below: u8) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = params(name)?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(below));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.not_before = date_time_ymd(2020, 1, 1);
+    params.not_after = date_time_ymd(2070, 1, 1);
+    Ok(params)
+}
+
+fn common_name_of(certificate_pem: &str) -> Option<String> {
+    let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes()).ok()?;
+    let (_, parsed) = X509Certificate::from_der(&der).ok()?;
+    let name = parsed.subject().iter_common_name().next()?;
+    name.as_str().ok().map(str::to_owned)
+}
+
+/// The identifier of a CA's key, lower-case hexadecimal: it stands in all that the CA signs.
+pub(crate) fn key_id(certificate_pem: &str) -> Option<String> {
+    let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes()).ok()?;
+    let (_, parsed) = X509Certificate::from_der(&der).ok()?;
+    parsed.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(id) => Some(hex(id.0)),
+        _ => None,
+    })
 }
 
 fn common_name(node: NodeId) -> String {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
+use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::ca::{BACKDATE_S, hex};
@@ -23,6 +24,8 @@ pub(crate) struct Certificate {
     pub(crate) expires_unix_s: u64,
     /// SHA-256 of its public key, hexadecimal.
     pub(crate) key_hash: String,
+    /// The identifier of its CA's key, as it says itself.
+    pub(crate) authority: String,
 }
 
 /// What a certificate is good for at some time.
@@ -53,6 +56,7 @@ impl Certificate {
             issued_unix_s: seconds(validity.not_before.timestamp()).saturating_add(BACKDATE_S),
             expires_unix_s: seconds(validity.not_after.timestamp()),
             key_hash: hex(key.as_ref()),
+            authority: authority_of(&parsed),
         })
     }
 
@@ -91,6 +95,15 @@ impl Certificate {
     }
 }
 
+fn authority_of(certificate: &X509Certificate<'_>) -> String {
+    let named =
+        certificate.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::AuthorityKeyIdentifier(id) => id.key_identifier.as_ref(),
+            _ => None,
+        });
+    named.map(|id| hex(id.0)).unwrap_or_default()
+}
+
 fn serial_of(certificate: &X509Certificate<'_>) -> String {
     hex(certificate.raw_serial())
 }
@@ -118,6 +131,7 @@ mod tests {
             issued_unix_s,
             expires_unix_s,
             key_hash: String::new(),
+            authority: String::new(),
         }
     }
 

@@ -10,12 +10,13 @@ use std::path::Path;
 use proto::NodeId;
 use serde::{Deserialize, Serialize};
 
-use super::Certificate;
+use super::{Certificate, Trusted};
 use crate::OpenError;
 
 const RECORD: &str = "identity.json";
 const PAIR: &str = "node.pem";
-const CA: &str = "ca.crt";
+/// The trusted CAs.
+pub(crate) const CA_FILE: &str = "ca.crt";
 /// Where a pair begins in the text of several.
 const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
 
@@ -38,14 +39,14 @@ impl std::fmt::Debug for Pair {
     }
 }
 
-/// The record with the pair and the CA's certificate (PEM).
+/// The record with the pair and the trusted CAs.
 #[derive(Debug, Clone)]
 pub(crate) struct Identity {
     pub(crate) record: NodeIdentity,
     pub(crate) pair: Pair,
     /// The pair before: for when this one turns out to be of no use.
     pub(crate) previous: Option<Pair>,
-    pub(crate) ca_pem: String,
+    pub(crate) trusted: Trusted,
 }
 
 impl Identity {
@@ -59,7 +60,8 @@ impl Identity {
             detail: format!("is not readable ({error}); restore it, or remove this node, empty its data folder and join again"),
         })?;
         let (pair, previous) = Pair::load(folder)?;
-        Ok(Some(Self { record, pair, previous, ca_pem: read(folder, CA)? }))
+        let trusted = Trusted::parse(&read(folder, CA_FILE)?);
+        Ok(Some(Self { record, pair, previous, trusted }))
     }
 
     /// Writes it so that it is there wholly or not at all.
@@ -68,7 +70,7 @@ impl Identity {
             OpenError::Unusable { path: folder.join(RECORD), detail: error.to_string() }
         })?;
         self.pair.store(folder, self.previous.as_ref())?;
-        write(folder, CA, &self.ca_pem)?;
+        store_trusted(folder, &self.trusted)?;
         write(folder, RECORD, &record)
     }
 }
@@ -100,6 +102,11 @@ impl Pair {
         let previous = previous.map_or("", |previous| &previous.0);
         write(folder, PAIR, &format!("{}{previous}", self.0))
     }
+}
+
+/// Replaces the trusted CAs on disk.
+pub(crate) fn store_trusted(folder: &Path, trusted: &Trusted) -> Result<(), OpenError> {
+    write(folder, CA_FILE, &trusted.text())
 }
 
 fn read(folder: &Path, name: &str) -> Result<String, OpenError> {
@@ -149,9 +156,9 @@ mod tests {
             node_id: NodeId(1),
             node_name: "n1".to_owned(),
         };
-        let ca_pem = ca.certificate_pem.clone();
+        let trusted = Trusted::only(&ca.certificate_pem);
         let (first, second) = (pair(&ca)?, pair(&ca)?);
-        let identity = Identity { record, pair: first.clone(), previous: None, ca_pem };
+        let identity = Identity { record, pair: first.clone(), previous: None, trusted };
         identity.store(folder)?;
         let works =
             |expected: &Pair, before: Option<&Pair>| -> Result<(), Box<dyn std::error::Error>> {
@@ -162,7 +169,7 @@ mod tests {
                     assert_eq!(pair, expected);
                     if let Some(pair) = pair {
                         // rustls refuses a key that is not the certificate's.
-                        crate::tls::Credentials::new(pair, &loaded.ca_pem)?;
+                        crate::tls::Credentials::new(pair, &loaded.trusted)?;
                     }
                 }
                 Ok(())

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::voting::Voting;
-use super::{Node, denied, renewal, retention, snapshots};
+use super::{Node, authorities, denied, renewal, retention, snapshots};
 use crate::consensus::lead;
 use crate::{Leadership, StoreError, verify};
 
@@ -22,6 +22,7 @@ pub(super) fn spawn(node: &Arc<Node>) -> Vec<tokio::task::JoinHandle<()>> {
         tokio::spawn(wait_for_removal(node.clone())),
         tokio::spawn(each_second(node.clone())),
         tokio::spawn(denied::follow(node.clone())),
+        tokio::spawn(authorities::follow(node.clone())),
         tokio::spawn(renewal::keep(node.clone())),
     ]
 }

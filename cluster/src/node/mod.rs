@@ -1,5 +1,6 @@
 //! A running member: Raft with everything around it. The public handle is [`crate::Cluster`].
 
+mod authorities;
 mod confirm;
 mod denied;
 mod housekeeping;
@@ -21,13 +22,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use proto::NodeId;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::consensus::lead::{is_voter, leads, look, out_of_touch};
 use crate::consensus::{Metrics, Peers, Raft, StateMachine, current_metrics};
-use crate::identity::NodeIdentity;
+use crate::identity::{NodeIdentity, Trusted};
 use crate::service::Rate;
 use crate::storage::Db;
 use crate::tls::{Credentials, Trust};
@@ -42,14 +44,13 @@ use renewal::Renewal;
 pub(crate) struct Node {
     config: ClusterConfig,
     identity: NodeIdentity,
-    /// The CA's certificate, PEM.
-    ca_pem: String,
+    /// The CAs that this node trusts; the one that signs comes first.
+    trusted: ArcSwap<Trusted>,
     /// What this node shows of itself in each new handshake.
     credentials: Arc<Credentials>,
     renewal: Renewal,
     /// Which certificates are refused, and the connections that this is held against.
     trust: Arc<Trust>,
-    ca_fingerprint: String,
     db: Arc<Db>,
     raft: Raft,
     machine: StateMachine,
@@ -95,17 +96,14 @@ impl Node {
     pub(crate) fn identity(&self) -> &NodeIdentity {
         &self.identity
     }
-    pub(crate) fn ca_pem(&self) -> &str {
-        &self.ca_pem
+    pub(crate) fn trusted(&self) -> Arc<Trusted> {
+        self.trusted.load_full()
     }
     pub(crate) fn trust(&self) -> &Arc<Trust> {
         &self.trust
     }
     pub(crate) fn credentials(&self) -> &Arc<Credentials> {
         &self.credentials
-    }
-    pub(crate) fn ca_fingerprint(&self) -> &str {
-        &self.ca_fingerprint
     }
     pub(crate) fn id(&self) -> NodeId {
         self.identity.node_id

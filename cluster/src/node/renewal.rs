@@ -12,19 +12,21 @@
 
 mod alone;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use proto::NodeId;
 use proto::v1::RenewRequest;
+use tokio::sync::Notify;
 
 use super::Node;
 use super::denied::denied;
 use crate::certificates::{self, ClaimError};
 use crate::consensus::renew;
 use crate::host::blocking;
-use crate::identity::{Certificate, Identity, Pair, Standing, renewal_request};
+use crate::identity::{Certificate, Identity, Pair, Standing, Trusted, renewal_request};
 use crate::membership::unix_now_s;
 use crate::storage::Db;
 use crate::tls::{Credentials, PeerIdentity, Refusal};
@@ -50,6 +52,8 @@ pub(super) struct Renewal {
     one: tokio::sync::Mutex<()>,
     /// One signature for others at a time.
     issuing: tokio::sync::Mutex<()>,
+    /// The CA is another one: look at once.
+    woken: Notify,
 }
 
 /// The pair that a node shows, and the one before.
@@ -76,7 +80,9 @@ impl Held {
 struct Owner<'a> {
     cluster_id: &'a str,
     id: NodeId,
-    ca_pem: &'a str,
+    trusted: &'a Trusted,
+    /// Where the sealing key is.
+    folder: &'a Path,
     /// How long one lasts that the node signs itself.
     life: Duration,
 }
@@ -92,7 +98,13 @@ impl Renewal {
             settled: AtomicBool::new(false),
             one: tokio::sync::Mutex::default(),
             issuing: tokio::sync::Mutex::default(),
+            woken: Notify::new(),
         })
+    }
+
+    /// Has the node look at its certificate now.
+    pub(super) fn wake(&self) {
+        self.woken.notify_one();
     }
 
     fn held(&self) -> Held {
@@ -140,7 +152,8 @@ pub(super) fn replace_if_useless(
     let owner = Owner {
         cluster_id: &identity.record.cluster_id,
         id,
-        ca_pem: &identity.ca_pem,
+        trusted: &identity.trusted,
+        folder: &config.data_dir,
         life: config.certificates.node,
     };
     match alone::replacement(&owner, &held, db, now_unix_s) {
@@ -183,8 +196,12 @@ pub(super) async fn keep(node: Arc<Node>) {
         }
         let left = node.certificate().left(unix_now_s());
         let settled = node.renewal.settled.load(Ordering::SeqCst);
-        let look = if settled { look } else { look.min(PAUSE_URGENT) };
-        tokio::time::sleep(pause(look, failures, left)).await;
+        let urgent = !settled || node.is_outdated(&node.certificate());
+        let wait = pause(if urgent { look.min(PAUSE_URGENT) } else { look }, failures, left);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = node.renewal.woken.notified() => failures = 0,
+        }
     }
 }
 
@@ -201,7 +218,8 @@ impl Node {
 
     async fn renew_if_due(self: &Arc<Self>) -> Result<(), String> {
         let (present, now_unix_s) = (self.certificate(), unix_now_s());
-        if !self.is_useless(&present, now_unix_s) && now_unix_s < present.due_unix_s() {
+        let good = !self.is_useless(&present, now_unix_s) && !self.is_outdated(&present);
+        if good && now_unix_s < present.due_unix_s() {
             return Ok(());
         }
         self.renew().await.map(drop).map_err(|error| error.to_string())
@@ -212,6 +230,11 @@ impl Node {
     fn is_useless(&self, shown: &Certificate, now_unix_s: u64) -> bool {
         shown.standing(now_unix_s) != Standing::Good
             || self.trust.judge(&shown.holder, &shown.serial) == Some(Refusal::Revoked)
+    }
+
+    /// Whether a certificate is of another CA than the one that signs now.
+    fn is_outdated(&self, shown: &Certificate) -> bool {
+        shown.authority != self.trusted().signer_key_id()
     }
 
     /// Has the records say which certificate this node shows.
@@ -248,10 +271,12 @@ impl Node {
             return Err(why);
         }
         tracing::warn!(%why, "this node's certificate is of no use at this time; it helps itself");
+        let trusted = self.trusted();
         let owner = Owner {
             cluster_id: &self.identity.cluster_id,
             id: self.id(),
-            ca_pem: &self.ca_pem,
+            trusted: &trusted,
+            folder: &self.config.data_dir,
             life: self.config.certificates.node,
         };
         let next = alone::replacement(&owner, &held, &self.db, now_unix_s);
@@ -265,7 +290,8 @@ impl Node {
         let fresh = |pair: &Pair| {
             let certificate = pair.certificate();
             certificate.is_some_and(|next| {
-                next.standing(now_unix_s) == Standing::Good && now_unix_s < next.due_unix_s()
+                let good = next.standing(now_unix_s) == Standing::Good;
+                good && now_unix_s < next.due_unix_s() && !self.is_outdated(&next)
             })
         };
         let pair = match self.renewal.next().filter(fresh) {
@@ -303,7 +329,7 @@ impl Node {
     /// on disk, then it is shown.
     async fn exchange(&self, pair: &Pair) -> Result<(), String> {
         let next = Held::of(self.id(), pair, Some(self.renewal.held().pair))?;
-        Credentials::new(pair, &self.ca_pem).map_err(|error| error.to_string())?;
+        Credentials::new(pair, &self.trusted()).map_err(|error| error.to_string())?;
         let standing = next.certificate.standing(unix_now_s());
         if standing != Standing::Good {
             self.renewal.set_next(None);

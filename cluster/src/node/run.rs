@@ -4,14 +4,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, confirm, denied, housekeeping, pass_on};
+use super::{Node, authorities, confirm, denied, housekeeping, pass_on};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
-use crate::identity::{Identity, fingerprint};
+use crate::identity::{CA_FILE, Identity};
 use crate::service::Rate;
 use crate::storage::Db;
 use crate::tls::{Credentials, Trust, member_client};
@@ -25,15 +26,17 @@ pub(crate) async fn start(
 ) -> Result<Arc<Node>, OpenError> {
     let unusable = |detail: String| OpenError::Unusable { path: config.data_dir.clone(), detail };
     let mut identity = identity;
+    identity.trusted = authorities::at_start(&identity, &db, &config.data_dir);
     renewal::replace_if_useless(&config, &mut identity, &db).map_err(&unusable)?;
-    let credentials = Credentials::new(&identity.pair, &identity.ca_pem)
+    let credentials = Credentials::new(&identity.pair, &identity.trusted)
         .map_err(|error| unusable(error.to_string()))?;
     let renewal = Renewal::of(&identity)
         .ok_or_else(|| unusable("its certificate names no node".to_owned()))?;
     let tls = member_client(&credentials).map_err(|error| unusable(error.to_string()))?;
-    let ca_fingerprint = fingerprint(&identity.ca_pem)
-        .ok_or_else(|| unusable("ca.crt is not a certificate".to_owned()))?;
-    let trust = Arc::new(Trust::default());
+    if identity.trusted.signer_fingerprint().is_empty() {
+        return Err(unusable(format!("{CA_FILE} is not a certificate")));
+    }
+    let trust = Arc::new(Trust::of(credentials.roots().clone()));
     let io = |source| OpenError::Io { path: config.data_dir.clone(), source };
     // Before the first connection.
     trust.deny(denied::denied(&db).map_err(io)?);
@@ -58,7 +61,6 @@ pub(crate) async fn start(
     let (pass_on, txns) = pass_on::queue();
     let node = Arc::new(Node {
         client: format!("node-{id}-{:016x}", u64::from_ne_bytes(nonce)),
-        ca_fingerprint,
         raft,
         machine,
         peers,
@@ -84,7 +86,7 @@ pub(crate) async fn start(
         tasks: Mutex::new(Vec::new()),
         config,
         identity: identity.record,
-        ca_pem: identity.ca_pem,
+        trusted: ArcSwap::from_pointee(identity.trusted),
         credentials,
         renewal,
         trust,

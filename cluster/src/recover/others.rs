@@ -59,7 +59,7 @@ pub(super) async fn nobody_answers(
         detail: error.to_string(),
     };
     let own =
-        Credentials::new(&identity.pair, &identity.ca_pem).map_err(|error| unusable(&error))?;
+        Credentials::new(&identity.pair, &identity.trusted).map_err(|error| unusable(&error))?;
     let tls = member_client(&own).map_err(|error| unusable(&error))?;
     // Whoever answers is there, whatever became of its certificate.
     let (trust, cluster_id) = (Arc::new(Trust::default()), identity.record.cluster_id.clone());
@@ -190,7 +190,7 @@ mod tests {
     use tonic::service::Routes;
 
     use super::*;
-    use crate::identity::{Ca, Life, NodeIdentity, Pair, request};
+    use crate::identity::{Ca, Life, NodeIdentity, Pair, Trusted, request};
     use crate::tls::{Admit, incoming, member_server};
 
     type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -215,7 +215,7 @@ mod tests {
         Ok(Identity {
             pair: Pair::new(&key, &ca.sign_node(CLUSTER, NodeId(node), &csr, life)?),
             previous: None,
-            ca_pem: ca.certificate_pem.clone(),
+            trusted: Trusted::only(&ca.certificate_pem),
             record: NodeIdentity {
                 cluster_id: CLUSTER.to_owned(),
                 cluster_name: "test".to_owned(),
@@ -246,7 +246,7 @@ mod tests {
     /// Listens as an agent does; that no service is behind it is an answer as well.
     async fn agent(identity: &Identity) -> Outcome<String> {
         let (listener, address) = listener().await?;
-        let credentials = Credentials::new(&identity.pair, &identity.ca_pem)?;
+        let credentials = Credentials::new(&identity.pair, &identity.trusted)?;
         let admit = Admit::Members(CLUSTER.to_owned(), Arc::new(Trust::default()));
         let connections = incoming(listener, member_server(&credentials)?, admit);
         let server = tonic::transport::Server::builder().add_routes(Routes::default());

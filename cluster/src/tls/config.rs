@@ -1,14 +1,12 @@
-//! rustls configurations: always TLS 1.3, always the ring provider, always the cluster's own CA.
+//! rustls configurations: always TLS 1.3, always the ring provider, always the CAs that the cluster trusts now.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::server::{
-    ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
-};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
@@ -17,7 +15,8 @@ use rustls::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
-use crate::identity::Pair;
+use super::Roots;
+use crate::identity::{Pair, Trusted};
 
 /// HTTP/2, as gRPC speaks it.
 const ALPN: &[u8] = b"h2";
@@ -28,13 +27,13 @@ const ALPN: &[u8] = b"h2";
 pub(crate) struct TlsError(String);
 
 impl TlsError {
-    fn of(error: impl std::fmt::Display) -> Self {
+    pub(super) fn of(error: impl std::fmt::Display) -> Self {
         Self(error.to_string())
     }
 }
 
 /// ring, with ChaCha20-Poly1305 first where the CPU has no instructions for AES.
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     let mut provider = ring::default_provider();
     if !std::arch::is_x86_feature_detected!("aes") {
         provider.cipher_suites.sort_by_key(|suite| {
@@ -44,11 +43,13 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-/// What this node shows of itself in each new handshake. It can be exchanged at any time:
-/// connections that are open stay as they are.
+/// What this node shows of itself in each new handshake, and which CAs it trusts there. Both can be
+/// exchanged at any time: connections that are open stay as they are.
 pub(crate) struct Credentials {
     present: ArcSwap<CertifiedKey>,
-    ca: CertificateDer<'static>,
+    /// What that was made of.
+    parts: Mutex<(Pair, Trusted)>,
+    roots: Arc<Roots>,
 }
 
 impl std::fmt::Debug for Credentials {
@@ -58,31 +59,45 @@ impl std::fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    pub(crate) fn new(pair: &Pair, ca_pem: &str) -> Result<Arc<Self>, TlsError> {
-        let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(TlsError::of)?;
-        let present = ArcSwap::from_pointee(certified(pair, &ca)?);
-        Ok(Arc::new(Self { present, ca }))
+    pub(crate) fn new(pair: &Pair, trusted: &Trusted) -> Result<Arc<Self>, TlsError> {
+        let present = ArcSwap::from_pointee(certified(pair, trusted)?);
+        let (parts, roots) = (Mutex::new((pair.clone(), trusted.clone())), Roots::new(trusted)?);
+        Ok(Arc::new(Self { present, parts, roots }))
     }
 
     /// Another pair from now on. Nothing changes where it does not work.
     pub(crate) fn replace(&self, pair: &Pair) -> Result<(), TlsError> {
-        self.present.store(Arc::new(certified(pair, &self.ca)?));
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        self.present.store(Arc::new(certified(pair, &parts.1)?));
+        parts.0 = pair.clone();
         Ok(())
     }
 
-    fn roots(&self) -> Result<RootCertStore, TlsError> {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.ca.clone()).map_err(TlsError::of)?;
-        Ok(roots)
+    /// Other CAs from now on. Nothing changes where they do not work.
+    pub(crate) fn trust(&self, trusted: &Trusted) -> Result<(), TlsError> {
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let shown = certified(&parts.0, trusted)?;
+        self.roots.replace(trusted)?;
+        self.present.store(Arc::new(shown));
+        parts.1 = trusted.clone();
+        Ok(())
+    }
+
+    pub(crate) fn roots(&self) -> &Arc<Roots> {
+        &self.roots
     }
 }
 
 /// Refuses a key that is not the certificate's.
-fn certified(pair: &Pair, ca: &CertificateDer<'static>) -> Result<CertifiedKey, TlsError> {
-    let own = CertificateDer::from_pem_slice(pair.pem().as_bytes()).map_err(TlsError::of)?;
+fn certified(pair: &Pair, trusted: &Trusted) -> Result<CertifiedKey, TlsError> {
     let key = PrivateKeyDer::from_pem_slice(pair.pem().as_bytes()).map_err(TlsError::of)?;
-    // The CA goes along so that a joining node can compare its fingerprint.
-    CertifiedKey::from_der(vec![own, ca.clone()], key, &provider()).map_err(TlsError::of)
+    // The CAs go along so that a joining node can compare their fingerprint; and what certifies the
+    // one that signs by the one before, for those who know only that.
+    let along = trusted.cross.iter().chain(&trusted.roots).map(String::as_str);
+    let chain = std::iter::once(pair.pem()).chain(along);
+    let chain = chain.map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()));
+    let chain = chain.collect::<Result<Vec<_>, _>>().map_err(TlsError::of)?;
+    CertifiedKey::from_der(chain, key, &provider()).map_err(TlsError::of)
 }
 
 impl ResolvesServerCert for Credentials {
@@ -109,14 +124,10 @@ fn server(config: &mut ServerConfig) {
 
 /// For the api listener: only holders of this cluster's certificates get through the handshake.
 pub(crate) fn member_server(own: &Arc<Credentials>) -> Result<Arc<ServerConfig>, TlsError> {
-    let roots = Arc::new(own.roots()?);
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
-        .build()
-        .map_err(TlsError::of)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::of)?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(own.roots().clone())
         .with_cert_resolver(own.clone());
     server(&mut config);
     Ok(Arc::new(config))
@@ -138,7 +149,8 @@ pub(crate) fn member_client(own: &Arc<Credentials>) -> Result<Arc<ClientConfig>,
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::of)?
-        .with_root_certificates(own.roots()?)
+        .dangerous()
+        .with_custom_certificate_verifier(own.roots().clone())
         .with_client_cert_resolver(own.clone());
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();

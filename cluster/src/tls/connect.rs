@@ -70,11 +70,12 @@ fn trusted(
     trust: Option<&Trust>,
 ) -> io::Result<Guarded<TlsStream<Connection>>> {
     let Some(trust) = trust else { return Ok(Guarded::new(stream, None)) };
-    let der = stream.get_ref().1.peer_certificates().and_then(|all| all.first());
-    let certificate = der.and_then(|der| Certificate::from_der(der)).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, "its certificate names no node")
-    })?;
-    match trust.enter(certificate) {
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let certificate =
+        chain.first().and_then(|der| Certificate::from_der(der)).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "its certificate names no node")
+        })?;
+    match trust.enter(certificate, chain) {
         (open, None) => Ok(Guarded::new(stream, Some(open))),
         (_, Some(refusal)) => Err(io::Error::new(
             io::ErrorKind::PermissionDenied,

@@ -20,7 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use super::{ConnectInfo, Guarded, Trust};
+use super::{ConnectInfo, Guarded, Refusal, Trust};
 use crate::host::{Connection, Listen};
 use crate::identity::{Certificate, subject_of};
 
@@ -145,16 +145,19 @@ async fn handshake(
         return Ok(TlsConnection { stream: Guarded::new(stream, None), info: None });
     };
     let denied = |why: String| io::Error::new(io::ErrorKind::PermissionDenied, why);
-    let certificate = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let nobody = || denied("its certificate names no node or client".to_owned());
-    let der = certificate.ok_or_else(nobody)?;
+    let der = chain.first().ok_or_else(nobody)?;
     let (cluster, peer) = subject_of(der).ok_or_else(nobody)?;
     if cluster != cluster_id {
         return Err(denied(format!("its certificate is of cluster {cluster}")));
     }
     let certificate = Certificate::from_der(der).ok_or_else(nobody)?;
     let info = ConnectInfo { peer, serial: certificate.serial.as_str().into(), remote };
-    let (open, refusal) = trust.enter(certificate);
+    let (open, refusal) = trust.enter(certificate, chain);
+    if refusal == Some(Refusal::Untrusted) {
+        return Err(denied(Refusal::Untrusted.words().to_owned()));
+    }
     if let Some(refusal) = refusal {
         // Each of its requests is answered with the reason, and nothing else.
         tracing::warn!(%remote, peer = %info.peer, serial = %info.serial, ?refusal, "refused");

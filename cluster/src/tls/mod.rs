@@ -4,6 +4,7 @@ mod config;
 mod connect;
 mod listen;
 mod peer;
+mod roots;
 mod trust;
 
 pub(crate) use config::{Credentials, enrol_client, enrol_server, member_client, member_server};
@@ -11,6 +12,7 @@ pub(crate) use connect::{channel, connect};
 pub use listen::TlsConnection;
 pub(crate) use listen::{Admit, incoming};
 pub use peer::{PeerIdentity, peer, peer_of, require_any, require_node};
+pub(crate) use roots::Roots;
 pub(crate) use trust::{Denied, Guarded, Refusal, Trust};
 
 /// What a service learns about the connection a request came in on (a request extension, as

@@ -5,8 +5,8 @@
 //!                                     └───── cuts ────► the connections that are open
 //! ```
 //!
-//! Invariant: a connection is entered before it is judged, and a new list is stored before the
-//! connections are looked through; so none slips between the two.
+//! Invariant: a connection is entered before it is judged, and a new list (or the CAs that are trusted
+//! now) is stored before the connections are looked through; so none slips between the two.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -18,9 +18,10 @@ use std::task::{Context, Poll};
 use arc_swap::ArcSwap;
 use futures::task::AtomicWaker;
 use proto::NodeId;
+use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::PeerIdentity;
+use super::{PeerIdentity, Roots};
 use crate::consensus::REMOVED;
 use crate::identity::Certificate;
 
@@ -31,6 +32,8 @@ pub(crate) enum Refusal {
     Removed,
     /// It was revoked.
     Revoked,
+    /// Its CA is not trusted any more.
+    Untrusted,
 }
 
 impl Refusal {
@@ -40,6 +43,9 @@ impl Refusal {
             Self::Removed => REMOVED,
             Self::Revoked => {
                 "this certificate was revoked (see `clusterctl cluster cert list`); get a new one from an administrator"
+            }
+            Self::Untrusted => {
+                "the CA that signed this certificate was replaced; get a new one from an administrator"
             }
         }
     }
@@ -68,6 +74,8 @@ impl Denied {
 #[derive(Debug, Default)]
 pub(crate) struct Trust {
     denied: ArcSwap<Denied>,
+    /// None: whoever shook hands is taken.
+    roots: Option<Arc<Roots>>,
     open: Mutex<Vec<Weak<Open>>>,
 }
 
@@ -75,6 +83,8 @@ pub(crate) struct Trust {
 #[derive(Debug)]
 pub(crate) struct Open {
     certificate: Certificate,
+    /// All that the other end showed, its own certificate first.
+    chain: Vec<CertificateDer<'static>>,
     /// It lives only for its holder to be told why.
     told: AtomicBool,
     over: AtomicBool,
@@ -95,10 +105,20 @@ impl Open {
 }
 
 impl Trust {
-    /// Enters a connection, and judges the certificate at its other end.
-    pub(crate) fn enter(&self, certificate: Certificate) -> (Arc<Open>, Option<Refusal>) {
+    /// As these CAs say.
+    pub(crate) fn of(roots: Arc<Roots>) -> Self {
+        Self { roots: Some(roots), ..Self::default() }
+    }
+
+    /// Enters a connection, and judges what its other end showed.
+    pub(crate) fn enter(
+        &self,
+        certificate: Certificate,
+        chain: &[CertificateDer<'_>],
+    ) -> (Arc<Open>, Option<Refusal>) {
         let open = Arc::new(Open {
             certificate,
+            chain: chain.iter().map(|der| der.clone().into_owned()).collect(),
             told: AtomicBool::new(false),
             over: AtomicBool::new(false),
             reader: AtomicWaker::new(),
@@ -111,7 +131,24 @@ impl Trust {
             all.push(Arc::downgrade(&open));
         }
         let refusal = self.judge(&open.certificate.holder, &open.certificate.serial);
+        // The CAs may have changed since the handshake asked.
+        let refusal = refusal.or_else(|| (!self.issued(&open)).then_some(Refusal::Untrusted));
         (open, refusal)
+    }
+
+    fn issued(&self, open: &Open) -> bool {
+        let at = open.certificate.issued_unix_s;
+        self.roots.as_ref().is_none_or(|roots| roots.issued(&open.chain, at))
+    }
+
+    /// The CAs have changed: what none of them signed is cut.
+    pub(crate) fn recheck(&self) {
+        let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        for open in all.iter().filter_map(Weak::upgrade).filter(|open| !self.issued(open)) {
+            let Certificate { holder, serial, .. } = &open.certificate;
+            tracing::warn!(%holder, serial, "its CA was replaced: its connection is cut");
+            open.cut();
+        }
     }
 
     /// Whether a certificate is refused now.
@@ -217,6 +254,7 @@ mod tests {
             issued_unix_s: 0,
             expires_unix_s: 1,
             key_hash: String::new(),
+            authority: String::new(),
         }
     }
 
@@ -225,21 +263,21 @@ mod tests {
         let trust = Trust::default();
         let ann = || PeerIdentity::Client("ann".to_owned());
         let (near, _far) = tokio::io::duplex(64);
-        let (open, refused) = trust.enter(certificate(ann(), "aa"));
+        let (open, refused) = trust.enter(certificate(ann(), "aa"), &[]);
         assert_eq!(refused, None);
         let mut reading = tokio::spawn(async move {
             Guarded::new(near, Some(open)).read_u8().await.map_err(|error| error.kind())
         });
         let (near, _other) = tokio::io::duplex(64);
-        let (open, _) = trust.enter(certificate(ann(), "bb"));
+        let (open, _) = trust.enter(certificate(ann(), "bb"), &[]);
         let mut other = Guarded::new(near, Some(open));
         assert!(futures::poll!(&mut reading).is_pending());
         trust.deny(Denied { serials: ["aa".to_owned()].into(), ..Denied::default() });
         let ended = tokio::time::timeout(std::time::Duration::from_secs(5), reading).await;
         assert_eq!(ended.unwrap().unwrap(), Err(io::ErrorKind::ConnectionAborted));
         assert!(futures::poll!(std::pin::pin!(other.read_u8())).is_pending(), "it is another's");
-        assert_eq!(trust.enter(certificate(ann(), "aa")).1, Some(Refusal::Revoked));
-        assert_eq!(trust.enter(certificate(ann(), "bb")).1, None);
+        assert_eq!(trust.enter(certificate(ann(), "aa"), &[]).1, Some(Refusal::Revoked));
+        assert_eq!(trust.enter(certificate(ann(), "bb"), &[]).1, None);
     }
 
     #[test]
@@ -255,7 +293,7 @@ mod tests {
     fn connections_that_are_closed_are_forgotten() {
         let trust = Trust::default();
         for _ in 0..10_000 {
-            trust.enter(certificate(PeerIdentity::Node(NodeId(1)), "aa"));
+            trust.enter(certificate(PeerIdentity::Node(NodeId(1)), "aa"), &[]);
         }
         assert!(trust.open.lock().unwrap().len() < 100);
     }

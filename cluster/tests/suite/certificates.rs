@@ -37,19 +37,24 @@ fn own(lab: &Lab, on: usize) -> Outcome<v1::Certificate> {
     Ok(lab.nodes[on].cluster()?.certificate())
 }
 
-fn list(lab: &Lab, on: usize) -> Outcome<Vec<v1::Certificate>> {
+pub(crate) fn list(lab: &Lab, on: usize) -> Outcome<Vec<v1::Certificate>> {
     Ok(lab.nodes[on].run(|c| async move { c.certificates().await })??)
 }
 
 /// The name that every member answers to.
-fn any(lab: &Lab) -> Outcome<String> {
+pub(crate) fn any(lab: &Lab) -> Outcome<String> {
     Ok(format!("{}.holdfast", lab.nodes[0].cluster()?.cluster_id()))
 }
 
 /// A TLS connection that nothing was said on yet.
-type Silent = tokio_rustls::client::TlsStream<TcpStream>;
+pub(crate) type Silent = tokio_rustls::client::TlsStream<TcpStream>;
 
-async fn connect(address: &str, name: &str, ca: &str, papers: Papers) -> Outcome<Silent> {
+pub(crate) async fn connect(
+    address: &str,
+    name: &str,
+    ca: &str,
+    papers: Papers,
+) -> Outcome<Silent> {
     let tls = client_tls(ca, Some(papers))?;
     let tcp = TcpStream::connect(address).await?;
     let name = ServerName::try_from(name.to_owned())?;
@@ -74,7 +79,7 @@ fn shown(stream: &Silent) -> Outcome<String> {
 }
 
 /// Reads until the other end hangs up, within the limit.
-async fn hangs_up(stream: &mut Silent) -> bool {
+pub(crate) async fn hangs_up(stream: &mut Silent) -> bool {
     let mut rest = Vec::new();
     tokio::time::timeout(LIMIT, stream.read_to_end(&mut rest)).await.is_ok()
 }
@@ -107,7 +112,7 @@ async fn told(channel: &tonic::transport::Channel, words: &str) -> Outcome {
 }
 
 /// A member's own papers, as they are on its disk.
-fn node_papers(lab: &Lab, on: usize) -> Outcome<Papers> {
+pub(crate) fn node_papers(lab: &Lab, on: usize) -> Outcome<Papers> {
     let pem = std::fs::read_to_string(lab.nodes[on].config.data_dir.join("node.pem"))?;
     Ok(Papers { key: pem.clone(), certificate: pem })
 }

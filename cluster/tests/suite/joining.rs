@@ -164,11 +164,16 @@ pub(crate) fn dial(
 }
 
 pub(crate) fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
+    papers_from(lab, 0, client)
+}
+
+/// A client's papers, signed by one member, and the CA's certificate.
+pub(crate) fn papers_from(lab: &Lab, on: usize, client: &str) -> Outcome<(Papers, String)> {
     let key = rcgen::KeyPair::generate()?;
     let csr = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
     let client = client.to_owned();
     let issued =
-        lab.nodes[0].run(move |c| async move { c.issue_client(&client, &csr).await })??;
+        lab.nodes[on].run(move |c| async move { c.issue_client(&client, &csr).await })??;
     let papers = Papers { key: key.serialize_pem(), certificate: issued.certificate_pem };
     Ok((papers, issued.ca_pem))
 }
@@ -176,7 +181,7 @@ pub(crate) fn papers(lab: &Lab, client: &str) -> Outcome<(Papers, String)> {
 /// What a service for nodes alone says; `None`: nothing, since the connection was refused. With TLS
 /// 1.3 that may come before or after the request was sent, under several codes; a status that was
 /// made on this side has a source, one that the server sent has none.
-async fn answered(channel: Channel) -> Option<tonic::Code> {
+pub(crate) async fn answered(channel: Channel) -> Option<tonic::Code> {
     let vote = RaftClient::new(channel).vote(v1::RaftMessage { payload: vec![1, 2, 3] }).await;
     match vote {
         Ok(_) => Some(tonic::Code::Ok),

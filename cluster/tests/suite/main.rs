@@ -9,6 +9,8 @@ mod ports;
 mod skip;
 
 mod backup;
+mod ca;
+mod ca_rotation;
 mod certificates;
 mod durability;
 mod history;

@@ -115,6 +115,8 @@ fn a_survivor_goes_on_alone_and_the_old_majority_stays_another_cluster() -> Outc
     let mode = std::fs::metadata(&recovered.kept)?.permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
     assert!(recovered.kept.join("db").exists() && recovered.kept.join("identity.json").exists());
+    let keys = [&recovered.kept, &node.folder].map(|folder| folder.join("sealing.key"));
+    assert!(std::fs::read(&keys[0])? != std::fs::read(&keys[1])?, "what opens the old CA's key");
     lab.nodes[2].start()?;
     lab.nodes[2].run(|c| async move {
         assert_eq!((c.cluster_name(), c.node_id()), ("test", NodeId(1)));

@@ -133,6 +133,8 @@ pub(super) const TABLE: &[(&str, Rows)] = &[
             ("ListCertificates", VIEWER, ""),
             ("RenewCertificates", ADMIN, ""),
             ("RevokeCertificates", ADMIN, ""),
+            ("GetCaStatus", VIEWER, ""),
+            ("RotateCa", ADMIN, ""),
             ("WhoAmI", IDENTITY, ""),
         ],
     ),

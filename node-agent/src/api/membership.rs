@@ -11,13 +11,14 @@ use proto::backup::BackupError;
 use proto::v1::membership_client::MembershipClient;
 use proto::v1::membership_server::Membership;
 use proto::v1::{
-    BackupChunk, BackupRequest, ClusterStatus, ClusterStatusRequest, CreateTokenRequest,
-    CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest, IssueClientResponse,
-    JoinRequest, JoinResponse, ListCertificatesRequest, ListCertificatesResponse, NodeFailure,
-    RemoveNodeRequest, RemoveNodeResponse, RenewCertificatesRequest, RenewCertificatesResponse,
-    RenewedCertificate, RestoreRequest, RestoreResponse, RevokeCertificatesRequest,
-    RevokeCertificatesResponse, TransferLeaderRequest, TransferLeaderResponse, Verification,
-    VerifyRequest, WhoAmIRequest, WhoAmIResponse,
+    BackupChunk, BackupRequest, CaStatus, CaStatusRequest, ClusterStatus, ClusterStatusRequest,
+    CreateTokenRequest, CreateTokenResponse, InitRequest, InitResponse, IssueClientRequest,
+    IssueClientResponse, JoinRequest, JoinResponse, ListCertificatesRequest,
+    ListCertificatesResponse, NodeFailure, RemoveNodeRequest, RemoveNodeResponse,
+    RenewCertificatesRequest, RenewCertificatesResponse, RenewedCertificate, RestoreRequest,
+    RestoreResponse, RevokeCertificatesRequest, RevokeCertificatesResponse, RotateCaRequest,
+    TransferLeaderRequest, TransferLeaderResponse, Verification, VerifyRequest, WhoAmIRequest,
+    WhoAmIResponse,
 };
 use proto::{Name, NodeId};
 use tonic::transport::Channel;
@@ -348,6 +349,26 @@ impl Membership for MembershipService {
         }
         tracing::info!(user = %caller.user, node = %wanted, "certificates renewed on request");
         Ok(Response::new(RenewCertificatesResponse { renewed }))
+    }
+
+    async fn rotate_ca(
+        &self,
+        request: Request<RotateCaRequest>,
+    ) -> Result<Response<CaStatus>, Status> {
+        let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let status = match request.into_inner().finish {
+            false => node.cluster().rotate_ca(&caller.user).await?,
+            true => node.cluster().finish_ca_rotation(&caller.user).await?,
+        };
+        Ok(Response::new(status))
+    }
+
+    async fn get_ca_status(
+        &self,
+        request: Request<CaStatusRequest>,
+    ) -> Result<Response<CaStatus>, Status> {
+        Caller::of(&request)?;
+        Ok(Response::new(self.api.node()?.cluster().ca_status().await?))
     }
 
     async fn revoke_certificates(

@@ -87,6 +87,9 @@ fn table(certificates: &[v1::Certificate]) -> String {
         let state = match certificate.state.as_str() {
             "expiring" => "expiring soon",
             "future" => "not valid yet",
+            "replaced-ca" => "valid until the old CA is dropped",
+            "next-ca" => "signs soon",
+            "untrusted" => "its CA was replaced",
             state => state,
         };
         [

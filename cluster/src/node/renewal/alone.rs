@@ -8,10 +8,9 @@
 
 use super::super::denied::denied;
 use super::{Held, Owner};
+use crate::authority;
 use crate::certificates;
-use crate::identity::{Ca, Life, Pair, Standing, fingerprint, renewal_request};
-use crate::machine::{Read, Record, Table, decode};
-use crate::membership::CA_KEY;
+use crate::identity::{Life, Pair, Standing, renewal_request};
 use crate::storage::Db;
 use crate::tls::Credentials;
 
@@ -51,18 +50,15 @@ fn usable(
 ) -> Result<Option<Held>, String> {
     let Ok(held) = Held::of(owner.id, pair, None) else { return Ok(None) };
     let good = held.certificate.standing(now_unix_s) == Standing::Good
-        && Credentials::new(pair, owner.ca_pem).is_ok();
+        && Credentials::new(pair, owner.trusted).is_ok();
     let denied = denied(db).map_err(|error| error.to_string())?;
     let refused = denied.refuses(&held.certificate.holder, &held.certificate.serial);
     Ok((good && refused.is_none()).then_some(held))
 }
 
 fn sign(owner: &Owner<'_>, db: &Db, now_unix_s: u64) -> Result<Pair, String> {
-    let row = db.view(|view| view.get(Table::Data, CA_KEY.as_bytes()));
-    let row = row.map_err(|error| error.to_string())?.ok_or("it has no copy of the CA's key")?;
-    let record: Record = decode(&row).map_err(|error| error.to_string())?;
-    let ca: Ca = serde_json::from_slice(&record.value).map_err(|error| error.to_string())?;
-    if fingerprint(&ca.certificate_pem) != fingerprint(owner.ca_pem) {
+    let ca = authority::own_ca(db, owner.folder, owner.cluster_id)?;
+    if !owner.trusted.contains(&ca.certificate_pem) {
         return Err("its copy of the CA's key is another CA's".to_owned());
     }
     let (cluster_id, id) = (owner.cluster_id, owner.id);

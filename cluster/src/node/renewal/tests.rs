@@ -97,6 +97,7 @@ async fn what_a_node_works_with_is_not_revoked_whatever_was_signed_after_it() ->
         in_use: false,
         revoked: None,
         trouble: None,
+        authority: node.certificate().authority,
     };
     cluster.txn(Txn::new().put(keys::certificate("4fffffff"), to_json(&ahead)?)).await?;
     let state = |serial: &str, state: &str| (serial.to_owned(), state.to_owned());
@@ -182,8 +183,14 @@ async fn a_clock_that_was_ahead_leaves_a_certificate_that_is_good() -> Outcome {
     let node = cluster.node().clone();
     let (held, now, life) = (node.renewal.held(), unix_now_s(), node.config.certificates.node);
     let own = held.certificate.serial.clone();
-    let owner =
-        Owner { cluster_id: cluster.cluster_id(), id: node.id(), ca_pem: &node.ca_pem, life };
+    let (id, trusted) = (node.id(), node.trusted());
+    let owner = Owner {
+        cluster_id: cluster.cluster_id(),
+        id,
+        trusted: &trusted,
+        folder: folder.path(),
+        life,
+    };
     let replacement = |held: &Held, now| alone::replacement(&owner, held, &node.db, now);
     // By a clock that is two years ahead it has expired; so has each other one but a new one.
     let ahead = now + 730 * DAY_S;
@@ -198,8 +205,8 @@ async fn a_clock_that_was_ahead_leaves_a_certificate_that_is_good() -> Outcome {
     assert_eq!(back.certificate.standing(now), Standing::Good);
     assert!(back.certificate.serial != own);
     // Where nothing can be signed, it is the one before, unless that was revoked.
-    let another = Ca::make(cluster.cluster_id())?.certificate_pem;
-    let unable = Owner { ca_pem: &another, ..owner };
+    let another = Trusted::only(&Ca::make(cluster.cluster_id())?.certificate_pem);
+    let unable = Owner { trusted: &another, ..owner };
     let before = alone::replacement(&unable, &further, &node.db, now)?;
     assert_eq!((before.pair == held.pair, &before.certificate.serial), (true, &own));
     assert_eq!(before.previous.as_ref(), Some(&further.pair));
@@ -264,6 +271,7 @@ async fn a_revocation_outlives_the_certificate() -> Outcome {
         in_use: false,
         revoked,
         trouble: None,
+        authority: String::new(),
     };
     let revoked = Some(Revocation { at_unix_s: 0, by: "root".to_owned() });
     let (bad, good) = (keys::certificate("4aaaaaaa"), keys::certificate("4bbbbbbb"));
