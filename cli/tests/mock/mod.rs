@@ -404,7 +404,12 @@ impl v1::membership_server::Membership for Agent {
             Status::invalid_argument(format!("no certificate for {}: {error}", asked.name))
         })?;
         let api_addresses = vec![address];
-        Ok(Response::new(v1::IssueClientResponse { certificate_pem, ca_pem, api_addresses }))
+        Ok(Response::new(v1::IssueClientResponse {
+            certificate_pem,
+            ca_pem,
+            api_addresses,
+            role: "admin".into(),
+        }))
     }
     async fn list_certificates(
         &self,

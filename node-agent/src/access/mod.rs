@@ -29,7 +29,7 @@ use tonic::Status;
 pub use guard::Guard;
 pub use refused::Refused;
 pub use roles::{Access, Has, Roles};
-pub use table::{Needs, Rule, rules, to_cancel, to_write};
+pub use table::{Needs, Rule, rules, to_cancel, to_issue, to_write};
 
 use crate::api::forward::Caller;
 
@@ -107,6 +107,17 @@ pub fn may_write<'a>(
             .map_err(|refused| refused.status(None))?;
     }
     Ok(())
+}
+
+/// Whether a caller may have a client certificate made with this name.
+///
+/// # Errors
+/// `PERMISSION_DENIED`
+pub fn may_issue(caller: &Caller, name: &str) -> Result<(), Status> {
+    let shown: String = name.chars().take(64).collect();
+    let what = format!("a certificate for `{}`", shown.escape_debug());
+    enough(Has::Role(caller.role), to_issue(name, &caller.user), &caller.user, &what)
+        .map_err(|refused| refused.status(None))
 }
 
 /// Whether a caller may cancel a task of this kind.

@@ -126,7 +126,7 @@ pub(super) const TABLE: &[(&str, Rows)] = &[
             ("Status", VIEWER, ""),
             ("RemoveNode", ADMIN, ""),
             ("TransferLeader", ADMIN, ""),
-            ("IssueClient", ADMIN, ""),
+            ("IssueClient", VIEWER, "admin, but for one's own next certificate"),
             ("Verify", ADMIN, ""),
             ("Backup", ROOT, SECRETS),
             ("Restore", ROOT, ""),
@@ -212,6 +212,12 @@ pub fn to_write(path: &str) -> Result<Role, PathRefused> {
             _ => Role::Operator,
         },
     })
+}
+
+/// Who may have a certificate made with this name.
+#[must_use]
+pub fn to_issue(name: &str, caller: &str) -> Role {
+    if name == caller { Role::Viewer } else { Role::Admin }
 }
 
 /// Who may cancel a task of a kind such as `vm.migrate`.

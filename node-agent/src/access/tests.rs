@@ -10,7 +10,7 @@ use proto::methods::{METHODS, PACKAGE};
 use tonic::Code;
 
 use super::table::{TABLE, rule};
-use super::{Has, Needs, Refused, Roles, judge, may_cancel, may_write, rules, to_write};
+use super::{Has, Needs, Refused, Roles, judge, may_cancel, may_issue, may_write, rules, to_write};
 use crate::api::forward::Caller;
 
 /// Services of the .proto files that the guard does not stand before, and why.
@@ -182,10 +182,27 @@ fn an_operator_writes_vms_and_plain_files_and_nothing_else() {
 }
 
 #[test]
+fn one_renews_ones_own_certificate_and_only_an_administrator_makes_others() {
+    for role in [Role::Viewer, Role::Operator] {
+        assert!(may_issue(&caller(role), "olga").is_ok());
+        let refused = may_issue(&caller(role), "ann").unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied);
+        assert!(refused.message().contains("a certificate for `ann` needs the role `admin`"));
+    }
+    assert!(may_issue(&caller(Role::Admin), "ann").is_ok());
+}
+
+#[test]
 fn what_a_call_needs_is_said_in_words() {
     for rule in rules() {
         assert!(!rule.needs.words().is_empty() && rule.call.contains('.'), "{rule:?}");
-        let depends = ["Config.Commit", "Config.Txn", "Tasks.Cancel", "Membership.Backup"];
+        let depends = [
+            "Config.Commit",
+            "Config.Txn",
+            "Tasks.Cancel",
+            "Membership.Backup",
+            "Membership.IssueClient",
+        ];
         assert_eq!(!rule.detail.is_empty(), depends.contains(&rule.call.as_str()), "{rule:?}");
     }
     assert_eq!(Needs::Role(Role::Viewer).words(), "viewer");

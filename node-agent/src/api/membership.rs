@@ -27,6 +27,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::forward::{Caller, channel};
 use super::node::unknown;
 use super::{Answers, Api};
+use crate::access::may_issue;
 use crate::ha::observe;
 use crate::node::Node;
 use crate::outlook::{Voice, outlook};
@@ -307,6 +308,7 @@ impl Membership for MembershipService {
     ) -> Result<Response<IssueClientResponse>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
         let message = request.into_inner();
+        may_issue(&caller, &message.name)?;
         let issued = node.cluster().issue_client(&message.name, &message.csr_pem).await;
         let mut issued = issued?;
         let role = node.access.of(&message.name).role();
