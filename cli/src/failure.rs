@@ -109,15 +109,22 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "error: {}", self.what)?;
+        write!(f, "error: {}", printable(&self.what))?;
         if let Some(why) = &self.why {
-            write!(f, "\n  why: {}", indent(why))?;
+            write!(f, "\n  why: {}", indent(&printable(why)))?;
         }
         if let Some(remedy) = &self.remedy {
-            write!(f, "\n   do: {}", indent(remedy))?;
+            write!(f, "\n   do: {}", indent(&printable(remedy)))?;
         }
         Ok(())
     }
+}
+
+/// What comes from elsewhere says nothing to the terminal itself.
+fn printable(text: &str) -> String {
+    let is_plain = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    let shown = |c: char| if is_plain(c) { c.to_string() } else { c.escape_default().to_string() };
+    text.chars().map(shown).collect()
 }
 
 fn indent(text: &str) -> String {

@@ -112,7 +112,7 @@ impl<'a> Files<'a> {
         let (consistency, at_revision) = read.parts();
         let request = v1::GetRequest { key: key.to_owned(), consistency, at_revision };
         let answer = self.session.call(&format!("read {key}"), self.client.get(request)).await;
-        let answer = answer.map_err(|failure| compacted(failure, read, key))?;
+        let answer = answer.map_err(|failure| compacted(failure, read, Some(key)))?;
         Ok((answer.kv.map(File::from), answer.revision))
     }
 
@@ -145,7 +145,7 @@ impl<'a> Files<'a> {
             let prefix = prefix.to_owned();
             let request = v1::RangeRequest { prefix, limit: PAGE, consistency, after, at_revision };
             let page = self.session.call("list files", self.client.range(request)).await;
-            let page = page.map_err(|failure| compacted(failure, read, "the files"))?;
+            let page = page.map_err(|failure| compacted(failure, read, None))?;
             if revision == 0 {
                 revision = page.revision;
             }
@@ -244,13 +244,15 @@ fn unknown(what: &str, status: &Status) -> Failure {
         )
 }
 
-fn compacted(failure: Failure, read: Read, what: &str) -> Failure {
+fn compacted(failure: Failure, read: Read, path: Option<&str>) -> Failure {
     match (read, failure.code) {
         (Read::At(revision), Some(Code::OutOfRange)) => {
             let why = failure.why.unwrap_or_default();
+            let what = path.unwrap_or("the files");
+            let of = path.map(|path| format!(" {path}")).unwrap_or_default();
             Failure::new(Exit::NotFound, format!("cannot read {what} as of revision {revision}"))
                 .why(why)
-                .remedy("see `clusterctl config history` for what is kept")
+                .remedy(format!("see `clusterctl config history{of}` for what is kept"))
         }
         _ => failure,
     }

@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(40);
 fn config(folder: &Path) -> ClusterConfig {
     let address = |port: u8| format!("127.0.0.1:{port}");
     let mut config = ClusterConfig::new(folder.to_owned(), address(1), address(2));
-    (config.snapshot_every, config.snapshot_keep) = (50, 5);
+    (config.snapshot_every, config.snapshot_bytes, config.snapshot_keep) = (50, 0, 5);
     config
 }
 

@@ -103,7 +103,8 @@ fn a_limit_on_files_that_is_lowered_refuses_only_what_grows() -> io::Result<()> 
         panic!("it was taken")
     };
     assert_eq!((found.key.as_str(), found.bytes, found.limit), ("c", 101, 100));
-    assert!(matches!(apply(write(&[("a", Some(900))]))?, Reply::Oversized(_)));
+    assert!(matches!(apply(write(&[("a", Some(901))]))?, Reply::Oversized(_)));
+    assert!(matches!(apply(write(&[("a", Some(900))]))?, Reply::Committed { .. }));
     assert!(matches!(apply(write(&[("a", Some(899))]))?, Reply::Committed { .. }));
     assert!(matches!(apply(write(&[("c", Some(100))]))?, Reply::Committed { .. }));
     assert!(matches!(apply(write(&[("status/x", Some(500))]))?, Reply::Committed { .. }));

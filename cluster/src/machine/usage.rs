@@ -99,8 +99,8 @@ pub(crate) struct Oversized {
     pub(crate) limit: u64,
 }
 
-/// Looks for a file that is too large, `old` being what each write replaces. One that becomes
-/// smaller is allowed, also where the limit was lowered meanwhile.
+/// Looks for a file that is too large, `old` being what each write replaces. One that does
+/// not become larger is allowed, also where the limit was lowered meanwhile.
 pub(super) fn oversized(
     read: &impl Read,
     writes: &[KeyWrite],

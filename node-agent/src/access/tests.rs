@@ -75,7 +75,8 @@ fn each_role_may_do_what_it_may_and_no_more() {
         a.difference(b).cloned().collect()
     };
     let sees = "Config.Get Config.History Config.Range Config.Watch Ha.Status \
-                Membership.ListCertificates Membership.Status Membership.WhoAmI Nodes.List \
+                Membership.GetCaStatus Membership.IssueClient Membership.ListCertificates \
+                Membership.Status Membership.WhoAmI Nodes.List \
                 Nodes.Show Storage.ListImages Storage.ListNetworks Storage.ListPools Tasks.Follow \
                 Tasks.Get Tasks.List Vms.List Vms.Log Vms.Show";
     assert_eq!(viewer.iter().cloned().collect::<Vec<_>>().join(" "), sees);
@@ -83,10 +84,10 @@ fn each_role_may_do_what_it_may_and_no_more() {
                  Vms.Console Vms.Create Vms.Delete Vms.Migrate Vms.Pause Vms.Reset Vms.Resume \
                  Vms.Shutdown Vms.Start Vms.Stop";
     assert_eq!(more(&operator, &viewer).join(" "), works);
-    let administers = "Membership.CreateToken Membership.IssueClient Membership.RemoveNode \
+    let administers = "Membership.CreateToken Membership.RemoveNode \
                        Membership.RenewCertificates Membership.RevokeCertificates \
-                       Membership.TransferLeader Membership.Verify Nodes.Drain Nodes.Fence \
-                       Nodes.Rename Nodes.Resume Storage.CreateNetwork Storage.CreatePool \
+                       Membership.RotateCa Membership.TransferLeader Membership.Verify \
+                       Nodes.Drain Nodes.Fence Nodes.Rename Nodes.Resume Storage.CreateNetwork Storage.CreatePool \
                        Storage.DeleteNetwork Storage.DeletePool";
     assert_eq!(more(&admin, &operator).join(" "), administers);
     // Without a document, with one that does not hold, and before anything is known.

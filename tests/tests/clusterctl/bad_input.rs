@@ -18,7 +18,7 @@ fn bad_documents_are_refused_with_their_place_and_change_nothing() {
         ("vms/web", text("cpus = 2", "cpus = "), &[":3:"]),
         ("vms/web", text("[boot]", "[boot"), &[":6:"]),
         ("vms/web", text("# the shop\n", "name = \"web\"\n"), &[":2:", "duplicate"]),
-        ("vms/web", b"\0\0\0".to_vec(), &[":1:1"]),
+        ("vms/web", b"\0\0\0".to_vec(), &[":1:"]),
         ("cluster", b"[history".to_vec(), &[":1:"]),
         // Wrong types and values.
         ("vms/web", text("cpus = 2", "cpus = \"two\""), &[":3:8", "invalid type"]),

@@ -63,7 +63,7 @@ fn an_edit_that_meets_another_is_shown_all_three_and_merged() {
                   0) sed -i 's/^cpus = 3/cpus = 4/' \"$1\"; \"$ctl\" config set vms/web cpus=8 >&2;;\n\
                   1) for line in '^<<<<<<< yours' '^cpus = 4' '^=======' '^cpus = 8' '^>>>>>>>' '^#~ -cpus = 3'; do\n\
                      grep -q \"$line\" \"$1\" || exit 9; done;;\n\
-                  *) grep -q 'marks of the merge' \"$1\" || exit 9\n\
+                  *) grep -q '^<<<<<<< yours' \"$1\" || exit 9\n\
                      sed -i -e '/^<<<<<<</,/^=======/d' -e '/^>>>>>>>/d' \"$1\"; echo '# both' >>\"$1\";; esac";
     node.edit(script, "vms/web").good();
     assert_eq!(node.get("vms/web"), format!("{}# both\n", both.replace("cpus = 3", "cpus = 8")));

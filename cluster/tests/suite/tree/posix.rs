@@ -442,7 +442,7 @@ fn secrets_are_for_root_alone_and_the_systems_records_are_not_shown() -> Outcome
     assert!(!names(&tree.path(""))?.contains(&"status".to_owned()));
     assert_eq!(failure(fs::metadata(tree.path("status"))), Errno::ENOENT);
     let ca = fs::read(tree.path("priv/ca"))?;
-    assert!(String::from_utf8(ca)?.contains("PRIVATE KEY"));
+    assert!(String::from_utf8(ca)?.contains("sealed_key"));
     // A token made now is seen now.
     let before = names(&tree.path("priv"))?;
     tree.lab.token(0)?;
@@ -656,8 +656,11 @@ fn a_writer_that_hangs_hangs_nobody_else() -> Outcome {
     let (written, moved) = (writing.join(), moving.join());
     assert_eq!((written.ok(), moved.ok()), (Some(Err(Errno::EIO)), Some(Err(Errno::EIO))));
     assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    // The one above waited for the move, and then no longer for its own answer.
+    assert_eq!(write(&tree.path("f"), b"never"), Err(Errno::EIO));
     for note in ["f.error", "d/g.error"] {
-        let reason = fs::read_to_string(tree.path(note))?;
+        let reason = fs::read_to_string(tree.path(note));
+        let reason = reason.map_err(|error| format!("{note}: {error}"))?;
         assert!(reason.contains("the outcome is unknown"), "{note}: {reason}");
     }
     tree.writers[0].store(false, std::sync::atomic::Ordering::SeqCst);

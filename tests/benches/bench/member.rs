@@ -61,6 +61,19 @@ impl Process {
         self.figure("io", "write_bytes:")
     }
 
+    /// Of all its threads, in user mode and in the kernel.
+    pub(crate) fn cpu_time(&self) -> anyhow::Result<Duration> {
+        let path = format!("/proc/{}/stat", self.0.pid);
+        let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        // The name, in parentheses, may hold anything; utime and stime are fields 14 and 15.
+        let fields = text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace());
+        let fields: Vec<&str> = fields.with_context(|| path.clone())?.collect();
+        let ticks = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok());
+        let ticks = ticks(14).zip(ticks(15)).map(|(user, system)| user + system);
+        // A tick is 10 ms, whatever the kernel's own is (USER_HZ, proc_pid_stat(5)).
+        Ok(Duration::from_millis(10 * ticks.with_context(|| path.clone())?))
+    }
+
     fn figure(&self, file: &str, name: &str) -> anyhow::Result<u64> {
         let path = format!("/proc/{}/{file}", self.0.pid);
         let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;

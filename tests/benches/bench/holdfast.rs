@@ -84,7 +84,7 @@ impl Agents {
         Ok(Process(id))
     }
 
-    fn ctl(&self, member: usize, arguments: &[&str]) -> anyhow::Result<String> {
+    pub(crate) fn ctl(&self, member: usize, arguments: &[&str]) -> anyhow::Result<String> {
         let argv = [&["clusterctl"], arguments].concat();
         Ok(loopback::run(&self.folder, number(member)?, &argv, b"")?.ok()?)
     }
