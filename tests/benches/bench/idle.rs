@@ -75,12 +75,14 @@ fn write_vms(agents: &Agents, folder: &Path, vms: usize) -> anyhow::Result<()> {
         let name = format!("vm{number:05}");
         let text = format!(
             "name = \"{name}\"\nmemory = \"1GiB\"\n\n[boot]\nkernel = \"local/vmlinuz\"\n\
-             cmdline = \"console=ttyS0 root=/dev/vda\"\n\n[[disks]]\nimage = \"local/{name}.raw\"\n"
+             cmdline = \"console=ttyS0 root=/dev/vda\"\n\n[[disks]]\nimage = \"local/{name}.raw\"\nsize = \"1GiB\"\n"
         );
         std::fs::write(documents.join(format!("vms/{name}.toml")), text)?;
     }
     let pool = folder.join("pool");
     std::fs::create_dir_all(&pool)?;
+    // None of them ever starts.
+    std::fs::write(pool.join("vmlinuz"), b"no kernel")?;
     let path = pool.display().to_string();
     agents.ctl(0, &["storage", "create", "local", "--kind", "shared-dir", "--path", &path])?;
     agents.ctl(0, &["config", "apply", "-f", &documents.display().to_string()])?;

@@ -51,22 +51,22 @@ fn an_edit_that_meets_another_is_shown_all_three_and_merged() {
     // Other lines: both changes are there, after a second look.
     let script = "if grep -q '^#~' \"$1\"; then\n\
                   grep -q '^#~ -memory = \"64MiB\"' \"$1\" && grep -q '^#~ +memory = \"96MiB\"' \"$1\" || exit 9\n\
-                  else sed -i 's/^cpus = 2/cpus = 3/' \"$1\"; \"$ctl\" config set vms/web memory=96MiB >&2; fi";
+                  else sed -i 's/^# the shop/# my shop/' \"$1\"; \"$ctl\" config set vms/web memory=96MiB >&2; fi";
     let ran = node.edit(script, "vms/web");
     assert!(ran.stderr.contains("changed by somebody else"), "{ran:?}");
     ran.good();
-    let both = WEB.replace("cpus = 2", "cpus = 3").replace("64MiB", "96MiB");
+    let both = WEB.replace("# the shop", "# my shop").replace("64MiB", "96MiB");
     assert_eq!(node.get("vms/web"), both);
     // The same line: mine, the one it was, and theirs; what is left unresolved is not written.
     let script = "n=$(cat \"$0.n\" 2>/dev/null || echo 0); echo $((n+1)) >\"$0.n\"\n\
                   case $n in\n\
-                  0) sed -i 's/^cpus = 3/cpus = 4/' \"$1\"; \"$ctl\" config set vms/web cpus=8 >&2;;\n\
-                  1) for line in '^<<<<<<< yours' '^cpus = 4' '^=======' '^cpus = 8' '^>>>>>>>' '^#~ -cpus = 3'; do\n\
+                  0) sed -i 's/^cpus = 2/cpus = 4/' \"$1\"; \"$ctl\" config set vms/web cpus=8 >&2;;\n\
+                  1) for line in '^<<<<<<< yours' '^cpus = 4' '^=======' '^cpus = 8' '^>>>>>>>' '^#~ -cpus = 2'; do\n\
                      grep -q \"$line\" \"$1\" || exit 9; done;;\n\
                   *) grep -q '^<<<<<<< yours' \"$1\" || exit 9\n\
                      sed -i -e '/^<<<<<<</,/^=======/d' -e '/^>>>>>>>/d' \"$1\"; echo '# both' >>\"$1\";; esac";
     node.edit(script, "vms/web").good();
-    assert_eq!(node.get("vms/web"), format!("{}# both\n", both.replace("cpus = 3", "cpus = 8")));
+    assert_eq!(node.get("vms/web"), format!("{}# both\n", both.replace("cpus = 2", "cpus = 8")));
 }
 
 #[test]
