@@ -656,8 +656,10 @@ fn a_writer_that_hangs_hangs_nobody_else() -> Outcome {
     let (written, moved) = (writing.join(), moving.join());
     assert_eq!((written.ok(), moved.ok()), (Some(Err(Errno::EIO)), Some(Err(Errno::EIO))));
     assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
-    // The one above waited for the move, and then no longer for its own answer.
+    // One of those waited for the other, and then no longer for its own answer. Alone each is told.
     assert_eq!(write(&tree.path("f"), b"never"), Err(Errno::EIO));
+    let moved = fs::rename(tree.path("d/f"), tree.path("d/g"));
+    assert_eq!(moved.map_err(|error| errno(&error)), Err(Errno::EIO));
     for note in ["f.error", "d/g.error"] {
         let reason = fs::read_to_string(tree.path(note));
         let reason = reason.map_err(|error| format!("{note}: {error}"))?;
