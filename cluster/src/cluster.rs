@@ -309,8 +309,9 @@ impl Cluster {
         &self,
         name: &str,
         csr_pem: &str,
+        caller: Option<&str>,
     ) -> Result<v1::IssueClientResponse, MembershipError> {
-        membership::issue_client(&self.node, name, csr_pem).await
+        membership::issue_client(&self.node, name, csr_pem, caller).await
     }
 
     /// The CA's certificate and all that it signed, with their states.

@@ -130,12 +130,13 @@ pub(crate) async fn issue_client(
     node: &Node,
     name: &str,
     csr_pem: &str,
+    caller: Option<&str>,
 ) -> Result<v1::IssueClientResponse, MembershipError> {
     let name: Name = name
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
     let (certificate_pem, record) =
-        certificates::issue_client(node, name.as_str(), csr_pem).await?;
+        certificates::issue_client(node, name.as_str(), csr_pem, caller).await?;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
     Ok(v1::IssueClientResponse {
         certificate_pem,

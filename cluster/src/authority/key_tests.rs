@@ -62,7 +62,7 @@ async fn the_cas_clear_key_is_in_no_file_and_no_backup() -> Outcome {
         assert!(Instant::now() < until, "there is no snapshot");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    cluster.issue_client("ann", &request()?.1).await?;
+    cluster.issue_client("ann", &request()?.1, None).await?;
     let mut pieces = cluster.backup(Consistency::Linearizable).await?;
     let mut backup = Vec::new();
     while let Some(piece) = pieces.next().await {
@@ -126,7 +126,7 @@ async fn a_record_that_was_tampered_with_is_not_signed_with() -> Outcome {
     flipped["present"]["sealed_key"] = format!("{changed}{}", &sealed[1..]).into();
     for bad in [eves, elsewhere, serde_json::from_value(flipped)?] {
         put(&bad).await?;
-        let client = cluster.issue_client("ann", &request()?.1).await.map(drop);
+        let client = cluster.issue_client("ann", &request()?.1, None).await.map(drop);
         let Err(error @ MembershipError::CannotSign { .. }) = client else {
             return Err(format!("{client:?}").into());
         };
@@ -140,7 +140,7 @@ async fn a_record_that_was_tampered_with_is_not_signed_with() -> Outcome {
         assert!(alone.contains("cannot be decrypted"), "{alone}");
     }
     put(&good).await?;
-    cluster.issue_client("ann", &request()?.1).await?;
+    cluster.issue_client("ann", &request()?.1, None).await?;
     cluster.shutdown().await;
     Ok(())
 }

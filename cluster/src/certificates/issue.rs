@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use proto::record::{RemovalRecord, RemovalState};
+use proto::record::{CertificateRecord, RemovalRecord, RemovalState};
 use proto::v1::RenewRequest;
 use proto::{NodeId, Revision, keys};
 use tonic::Status;
@@ -97,26 +97,45 @@ pub(crate) async fn issue_next(node: &Node, request: &RenewRequest) -> Result<St
     Err(Status::aborted("the node is being removed, or the CA rotated; ask again"))
 }
 
-/// Signs a client's certificate. PEM; and the CA's record that it was signed by.
+/// Signs a client's certificate. PEM; and the CA's record that it was signed by. `caller`: the serial
+/// number of the certificate that a client asks with, which must count at that very moment.
 pub(crate) async fn issue_client(
     node: &Node,
     name: &str,
     csr_pem: &str,
+    caller: Option<&str>,
 ) -> Result<(String, CaRecord), MembershipError> {
     for _ in 0..ATTEMPTS {
         let signer = authority::signer(node).await?;
+        let mut txn = signer.unchanged(Txn::new());
+        if let Some(serial) = caller {
+            // A revocation that comes before this, by however little, makes it come to nothing.
+            let key = keys::certificate(serial);
+            txn = txn.if_revision(key.clone(), unrevoked(node, &key).await?);
+        }
         let life = Life::from_now(node.config().certificates.client);
         let signed = signer
             .ca
             .sign_client(&node.identity().cluster_id, name, csr_pem, life)
             .map_err(|error| MembershipError::Invalid(error.to_string()))?;
         // Not where the CA was rotated meanwhile.
-        if node.txn(recorded(signer.unchanged(Txn::new()), &signed)?).await?.committed() {
+        if node.txn(recorded(txn, &signed)?).await?.committed() {
             return Ok((signed, signer.record));
         }
     }
     let why = "the cluster's CA is being rotated; ask again";
     Err(MembershipError::Invalid(why.to_owned()))
+}
+
+/// The revision of the record of a certificate that counts.
+async fn unrevoked(node: &Node, key: &str) -> Result<Revision, MembershipError> {
+    if let Some(kv) = node.get(key, Consistency::Linearizable).await?.0 {
+        let record: CertificateRecord = from_json(&kv)?;
+        if record.revoked.is_none() {
+            return Ok(kv.mod_revision);
+        }
+    }
+    Err(MembershipError::Invalid("the certificate that asks for it was revoked".to_owned()))
 }
 
 #[cfg(test)]

@@ -219,13 +219,15 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         snapshot: SnapshotFile,
     ) -> Result<(), io::Error> {
         let (machine, meta) = (self.clone(), meta.clone());
-        let loaded = blocking(self.db.host(), move || {
-            machine.load(&meta, &snapshot)?;
-            snapshot::keep(&machine.folder(), &snapshot.path)
-        });
-        loaded.await??;
-        // The leader counts this node as holding all of it from now on.
+        let loaded =
+            blocking(self.db.host(), move || machine.load(&meta, &snapshot).map(|()| snapshot));
+        let snapshot = loaded.await??;
+        // The leader counts this node as holding all of it from now on. And before the file is kept:
+        // a start that finds it beside an older log could not go on.
         self.db.durable().await?;
+        let folder = self.folder();
+        let kept = blocking(self.db.host(), move || snapshot::keep(&folder, &snapshot.path));
+        kept.await??;
         let applied = self.db.view(position)?;
         self.recent.reset(applied.revision);
         self.applied.send_replace(applied);
@@ -244,10 +246,11 @@ impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let db = self.db.clone();
         let built = blocking(self.db.host(), move || {
+            let logged = db.logged_bytes();
             let built = snapshot::build(&db, meta)?;
             // Raft cuts the log off up to here, and would have nothing to bring the state back with.
             db.flush()?;
-            db.log_begins_anew();
+            db.log_is_held(logged);
             Ok::<_, io::Error>(built)
         });
         let (meta, snapshot) = built.await??;

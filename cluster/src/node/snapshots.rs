@@ -5,7 +5,7 @@ use std::io;
 
 use super::Node;
 use crate::consensus::lead;
-use crate::machine::used_bytes;
+use crate::machine::{kept, used_bytes};
 
 /// One turn, once a second.
 pub(super) async fn keep(node: &Node) {
@@ -23,7 +23,11 @@ pub(super) async fn keep(node: &Node) {
     }
 }
 
+/// Where the disk is full the log cannot grow any more, and is cut off all the same; but not where a
+/// snapshot would fill the rest.
 fn is_due(node: &Node) -> io::Result<bool> {
-    let state = node.db.view(|view| used_bytes(view))?;
-    Ok(node.db.logged_bytes() >= state.max(node.config.snapshot_bytes))
+    let (state, history) = node.db.view(|view| Ok((used_bytes(view)?, kept(view)?.bytes)))?;
+    let has_room = node.db.free_bytes().is_none_or(|free| free > 2 * (state + history));
+    let is_long = node.db.logged_bytes() >= state.max(node.config.snapshot_bytes);
+    Ok(has_room && (is_long || node.db.disk_low()))
 }

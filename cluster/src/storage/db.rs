@@ -62,7 +62,7 @@ impl Cf {
     }
 }
 
-const FORMAT: &[u8] = b"3";
+const FORMAT: &[u8] = b"4";
 /// Of what is read from files, so much stays in memory.
 const CACHE_BYTES: usize = 32 << 20;
 /// With less room than this nothing at all is written any more.
@@ -75,7 +75,7 @@ pub(crate) struct Db {
     open: RwLock<Option<Open>>,
     disk_low: AtomicBool,
     closing: AtomicBool,
-    /// Bytes of the log since the last snapshot, or since it was opened.
+    /// See [`Db::logged_bytes`].
     logged: AtomicU64,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
     pub(crate) lost_tail: bool,
@@ -144,7 +144,7 @@ impl Db {
         let rocks = DB::open_cf_descriptors(&db_options(new), &path, families())
             .map_err(|error| fail(io_error(error)))?;
         let rocks = Arc::new(rocks);
-        check(&rocks).map_err(fail)?;
+        let logged = check(&rocks).map_err(fail)?;
         let lost_tail = begin(&rocks, folder, host.boot_id(), new)?;
         let synced = rocks.clone();
         let sync = Box::new(move || synced.flush_wal(true).map_err(io_error));
@@ -155,7 +155,7 @@ impl Db {
             open: RwLock::new(Some(Open { flusher, rocks, _lock: lock })),
             disk_low: AtomicBool::new(false),
             closing: AtomicBool::new(false),
-            logged: AtomicU64::new(0),
+            logged: AtomicU64::new(logged),
             lost_tail,
         };
         db.drop_other_states().map_err(fail)?;
@@ -178,12 +178,14 @@ impl Db {
         self.logged.fetch_add(u64::try_from(bytes).unwrap_or(0), Ordering::Relaxed);
     }
 
-    /// A snapshot holds all there was.
-    pub(crate) fn log_begins_anew(&self) {
-        self.logged.store(0, Ordering::Relaxed);
+    /// A snapshot holds what these bytes of the log brought.
+    pub(crate) fn log_is_held(&self, bytes: u64) {
+        let less = |logged: u64| Some(logged.saturating_sub(bytes));
+        // It never fails: there is always a next value.
+        let _ = self.logged.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
-    /// Bytes that went into the log since the last snapshot, or since this database was opened.
+    /// Bytes of the log since the last snapshot; after an opening, all that there are.
     pub(crate) fn logged_bytes(&self) -> u64 {
         self.logged.load(Ordering::Relaxed)
     }
@@ -387,16 +389,20 @@ fn cf_options(cf: Cf, cache: &Cache) -> Options {
     options
 }
 
-/// Reads everything once; checksums are verified on the way.
-pub(super) fn check(rocks: &DB) -> io::Result<()> {
+/// Reads everything once; checksums are verified on the way. The answer is how many bytes the log has.
+pub(super) fn check(rocks: &DB) -> io::Result<u64> {
+    let mut logged = 0;
     for cf in Cf::ALL {
         let mut options = ReadOptions::default();
         options.fill_cache(false);
         for row in rocks.iterator_cf_opt(handle(rocks, cf)?, options, IteratorMode::Start) {
-            row.map_err(io_error)?;
+            let (_, value) = row.map_err(io_error)?;
+            if matches!(cf, Cf::Log) {
+                logged += u64::try_from(value.len()).unwrap_or(0);
+            }
         }
     }
-    Ok(())
+    Ok(logged)
 }
 
 /// Marks the database as in use; answers whether an unsynced tail may have been lost.

@@ -11,7 +11,7 @@ pub(crate) use config::{Credentials, enrol_client, enrol_server, member_client, 
 pub(crate) use connect::{channel, connect};
 pub use listen::TlsConnection;
 pub(crate) use listen::{Admit, incoming};
-pub use peer::{PeerIdentity, peer, peer_of, require_any, require_node};
+pub use peer::{PeerIdentity, client_serial, peer, peer_of, require_any, require_node};
 pub(crate) use roots::Roots;
 pub(crate) use trust::{Denied, Guarded, Refusal, Trust};
 

@@ -42,6 +42,14 @@ pub fn peer_of(extensions: &Extensions) -> Option<PeerIdentity> {
     (uds.peer_cred.as_ref()?.uid() == 0).then_some(PeerIdentity::LocalRoot)
 }
 
+/// The serial number of the certificate that a client called with, lower-case hexadecimal; `None`:
+/// no client called.
+#[must_use]
+pub fn client_serial<T>(request: &Request<T>) -> Option<String> {
+    let info = request.extensions().get::<Option<super::ConnectInfo>>()?.as_ref()?;
+    matches!(info.peer, PeerIdentity::Client(_)).then(|| info.serial.to_string())
+}
+
 /// The calling node's id.
 ///
 /// # Errors

@@ -173,7 +173,7 @@ pub(crate) fn papers_from(lab: &Lab, on: usize, client: &str) -> Outcome<(Papers
     let csr = rcgen::CertificateParams::default().serialize_request(&key)?.pem()?;
     let client = client.to_owned();
     let issued =
-        lab.nodes[on].run(move |c| async move { c.issue_client(&client, &csr).await })??;
+        lab.nodes[on].run(move |c| async move { c.issue_client(&client, &csr, None).await })??;
     let papers = Papers { key: key.serialize_pem(), certificate: issued.certificate_pem };
     Ok((papers, issued.ca_pem))
 }

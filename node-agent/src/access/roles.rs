@@ -3,14 +3,14 @@
 //! A request costs a look into memory, and no quorum. A node that is cut off goes on with what it
 //! knew; it can change nothing then, and shows what it has.
 //!
-//! Invariant: that there is no document is believed only once a quorum has confirmed that this node
-//! is up to date. A node that has joined just now, or was off for long, would else take everybody for
-//! an administrator until it has caught up.
+//! Invariant: until a quorum has confirmed that this node is up to date, nobody is taken for more than
+//! a viewer, and without a document for nothing. A node that has joined just now, or was off for long,
+//! would else take everybody for an administrator, or somebody who is none any more.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::Consistency;
+use cluster::{Consistency, StoreError};
 use futures::StreamExt as _;
 use proto::documents::{Role, RolesByName, roles};
 use proto::{Name, Revision, keys};
@@ -74,6 +74,12 @@ impl Roles {
     }
 }
 
+/// The roles of a copy that may be old: whoever had one may see, and change nothing.
+fn seeing(documents: RolesByName) -> RolesByName {
+    let seeing = |(name, role): (Name, Option<Role>)| (name, role.map(|_| Role::Viewer));
+    documents.into_iter().map(seeing).collect()
+}
+
 /// The followed roles. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Access {
@@ -118,9 +124,10 @@ impl Access {
             Ok(range) => {
                 let files = range.kvs.iter().map(|kv| (kv.key.as_str(), kv.value.as_slice()));
                 let documents = roles(files);
-                match documents.is_empty() && !confirmed {
-                    true => Roles::Unread,
-                    false => Roles::Read(Arc::new(documents)),
+                match (confirmed, documents.is_empty()) {
+                    (true, _) => Roles::Read(Arc::new(documents)),
+                    (false, true) => Roles::Unread,
+                    (false, false) => Roles::Read(Arc::new(seeing(documents))),
                 }
             }
             Err(_) => Roles::Unread,
@@ -133,6 +140,20 @@ impl Access {
         Ok(range?.revision)
     }
 
+    /// Reads the documents after a quorum has confirmed that this node has all there are.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn catch_up(&self, store: &Store) -> Result<(), StoreError> {
+        store.cluster().get(keys::ADMINISTRATION, Consistency::Linearizable).await?;
+        let mut confirmed = self.confirmed.lock().await;
+        *confirmed = true;
+        if let Err(error) = self.read(store, true).await {
+            tracing::warn!("the documents under access/ cannot be read: {error}");
+        }
+        Ok(())
+    }
+
     /// Follows the documents until the task is dropped.
     pub async fn follow(&self, store: &Store) {
         futures::join!(self.confirm(store), self.follow_changes(store));
@@ -141,17 +162,11 @@ impl Access {
     /// Asks a quorum until it answers.
     async fn confirm(&self, store: &Store) {
         loop {
-            let asked = store.cluster().get(keys::ADMINISTRATION, Consistency::Linearizable).await;
-            match asked {
-                Ok(_) => break,
+            match self.catch_up(store).await {
+                Ok(()) => return,
                 Err(error) => tracing::debug!("who may do what is not confirmed yet: {error}"),
             }
             tokio::time::sleep(PAUSE).await;
-        }
-        let mut confirmed = self.confirmed.lock().await;
-        *confirmed = true;
-        if let Err(error) = self.read(store, true).await {
-            tracing::warn!("the documents under access/ cannot be read: {error}");
         }
     }
 

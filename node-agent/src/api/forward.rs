@@ -61,6 +61,15 @@ impl Caller {
         })
     }
 
+    /// The same caller by what it may do now.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`: nothing.
+    pub fn with_role(&self, role: Option<Role>) -> Result<Self, Status> {
+        let none = || Status::permission_denied(format!("`{}` may do nothing any more", self.user));
+        Ok(Self { role: role.ok_or_else(none)?, ..self.clone() })
+    }
+
     /// Somebody on this very node, such as a user of the mounted tree, who is root.
     #[must_use]
     pub fn local(user: &str) -> Self {

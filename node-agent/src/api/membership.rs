@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::tls::{PeerIdentity, peer};
+use cluster::tls::{PeerIdentity, client_serial, peer};
 use cluster::{Consistency, InitError, JoinError, RestoreError};
 use futures::StreamExt as _;
 use proto::backup::BackupError;
@@ -307,9 +307,19 @@ impl Membership for MembershipService {
         request: Request<IssueClientRequest>,
     ) -> Result<Response<IssueClientResponse>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
+        let serial = client_serial(&request);
         let message = request.into_inner();
         may_issue(&caller, &message.name)?;
-        let issued = node.cluster().issue_client(&message.name, &message.csr_pem).await;
+        if serial.is_some() {
+            let counted = node.cluster().take_turn(&caller.user);
+            counted.map_err(|error| store_status(&error))?;
+            // It is good for long: nobody gets it by a role that this node has not heard the end of.
+            node.access.catch_up(&node.store).await.map_err(|error| store_status(&error))?;
+            let now = node.access.of(&caller.user).role();
+            may_issue(&caller.with_role(now)?, &message.name)?;
+        }
+        let (name, csr_pem) = (&message.name, &message.csr_pem);
+        let issued = node.cluster().issue_client(name, csr_pem, serial.as_deref()).await;
         let mut issued = issued?;
         let role = node.access.of(&message.name).role();
         issued.role = role.map(|role| role.word().to_owned()).unwrap_or_default();

@@ -92,6 +92,9 @@ pub fn classify(path: &str) -> Result<PathKind, PathRefused> {
         (name, None) if FOLDERS.contains(&name) => {
             return Err(denied(path, "it is a folder of the cluster's layout"));
         }
+        ("storage.toml" | "networks.toml" | "cluster.toml", Some(_)) => {
+            return Err(denied(path, "the document of this name is a file"));
+        }
         (name, _) if GENERATED.contains(&name) => {
             return Err(denied(path, "the mounted tree makes it up"));
         }
