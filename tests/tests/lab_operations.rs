@@ -315,7 +315,7 @@ fn impossible_migrations(stage: &mut Operations) -> anyhow::Result<()> {
 
     // Node 3 has no room beside a big VM.
     let big =
-        Guest { memory_mib: 1200, ha: false, disk: false, host: None, ..Guest::new("big", 0) };
+        Guest { memory_mib: 1150, ha: false, disk: false, host: None, ..Guest::new("big", 0) };
     lab.create_guest(1, &big, Some(3))?;
     refused(lab, 2, &["vm", "migrate", "web", "node3"], &["node3", "memory"])?;
     lab.ctl(1, &["vm", "stop", &big.name])?;
