@@ -8,11 +8,12 @@ use proto::v1::RenewRequest;
 
 use super::*;
 use crate::certificates;
-use crate::identity::{renewal_request, request};
+use crate::identity::{Certificate, renewal_request, request};
 use crate::membership::{to_json, unix_now_s};
 use crate::{Cluster, ClusterConfig, Opened, Txn, open};
 
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Outcome<T = ()> = Result<T, Error>;
 
 const LIMIT: Duration = Duration::from_secs(40);
 
@@ -141,6 +142,31 @@ async fn a_record_that_was_tampered_with_is_not_signed_with() -> Outcome {
     }
     put(&good).await?;
     cluster.issue_client("ann", &request()?.1, None).await?;
+    cluster.shutdown().await;
+    Ok(())
+}
+
+/// Whoever has a stolen key must not get away from its revocation with a new certificate.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_certificate_gets_its_holder_no_other_one() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let cluster = cluster_of_one(folder.path()).await?;
+    let issue = |caller: Option<String>| {
+        let cluster = cluster.clone();
+        async move {
+            cluster.issue_client("ann", &request()?.1, caller.as_deref()).await.map_err(Error::from)
+        }
+    };
+    let first = Certificate::from_pem(&issue(None).await?.certificate_pem).ok_or("unreadable")?;
+    let next = issue(Some(first.serial.clone())).await?;
+    let next = Certificate::from_pem(&next.certificate_pem).ok_or("unreadable")?;
+    cluster.revoke_certificates("ann", "root").await?;
+    for serial in [first.serial, next.serial, "00".repeat(20)] {
+        let refused = issue(Some(serial)).await.err().ok_or("issued")?;
+        assert!(refused.to_string().contains("was revoked"), "{refused}");
+    }
+    // An administrator, as root on a node, makes another one.
+    issue(None).await?;
     cluster.shutdown().await;
     Ok(())
 }

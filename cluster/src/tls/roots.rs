@@ -6,7 +6,6 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::CryptoProvider;
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, RootCertStore, SignatureScheme};
@@ -20,7 +19,6 @@ use crate::identity::Trusted;
 #[derive(Debug)]
 pub(crate) struct Roots {
     present: ArcSwap<Verifiers>,
-    provider: Arc<CryptoProvider>,
 }
 
 #[derive(Debug)]
@@ -50,7 +48,7 @@ impl Verifiers {
 impl Roots {
     pub(crate) fn new(trusted: &Trusted) -> Result<Arc<Self>, TlsError> {
         let present = ArcSwap::from_pointee(Verifiers::of(trusted)?);
-        Ok(Arc::new(Self { present, provider: provider() }))
+        Ok(Arc::new(Self { present }))
     }
 
     /// Others from now on. Nothing changes where they do not work.
@@ -89,8 +87,7 @@ impl ClientCertVerifier for Roots {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+        self.present.load().client.verify_tls12_signature(message, cert, dss)
     }
 
     fn verify_tls13_signature(
@@ -99,12 +96,11 @@ impl ClientCertVerifier for Roots {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+        self.present.load().client.verify_tls13_signature(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.present.load().client.supported_verify_schemes()
     }
 }
 
