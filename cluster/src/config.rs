@@ -169,8 +169,15 @@ pub struct RaftTimings {
     pub election_max_ms: u64,
 }
 
+impl RaftTimings {
+    /// How long a member may be silent before it does not count as reachable.
+    pub(crate) fn silence_limit(&self) -> Duration {
+        Duration::from_millis(self.election_max_ms.saturating_mul(2))
+    }
+}
+
 impl Default for RaftTimings {
     fn default() -> Self {
-        Self { heartbeat_ms: 100, election_min_ms: 500, election_max_ms: 1000 }
+        Self { heartbeat_ms: 200, election_min_ms: 500, election_max_ms: 1000 }
     }
 }

@@ -381,8 +381,8 @@ pub(crate) async fn transfer_leader(
 
 /// A member that has not answered the leader for longer does not count as up.
 pub(crate) fn up(node: &Node, contact_ms: Option<u64>) -> bool {
-    let limit = node.config().timings.election_max_ms.saturating_mul(2);
-    contact_ms.is_some_and(|ms| ms <= limit)
+    let limit = node.config().timings.silence_limit();
+    contact_ms.is_some_and(|ms| std::time::Duration::from_millis(ms) <= limit)
 }
 
 /// A log that is this much longer than a member's is worth saying, entries.

@@ -161,7 +161,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             lease_ms: 10_000,
-            raft_heartbeat_ms: 100,
+            raft_heartbeat_ms: 200,
             election_min_ms: 500,
             election_max_ms: 1_000,
             quorum_wait_ms: 3_500,

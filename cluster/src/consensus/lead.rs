@@ -2,14 +2,16 @@
 
 use std::time::Duration;
 
+use futures::StreamExt;
 use openraft::ReadPolicy;
 use openraft::async_runtime::instant::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::errors::{ClientWriteError, Fatal, LinearizableReadError, RaftError};
+use openraft::raft::WriteResult;
 use tokio::time::Instant;
 
 use super::service::Forwarded;
-use super::types::{LogId, MemberNode, Metrics, Raft};
+use super::types::{LogId, MemberNode, Metrics, Raft, TypeConfig};
 use crate::machine::Command;
 
 /// A copy of Raft's state. openraft's own is never held: a borrow of it can block Raft.
@@ -106,30 +108,62 @@ pub(crate) async fn propose(
     limit: Duration,
     fresh: Duration,
 ) -> Forwarded {
-    let until = Instant::now() + limit;
+    let mut answers = propose_all(raft, vec![command], limit, fresh).await;
+    answers.pop().unwrap_or_else(unconfirmed)
+}
+
+fn unconfirmed() -> Forwarded {
+    Forwarded::Unknown("no majority confirmed the write in time".to_owned())
+}
+
+/// Proposes commands in their order, with one message to Raft, and waits for them to be applied: an
+/// answer to each.
+pub(crate) async fn propose_all(
+    raft: &Raft,
+    commands: Vec<Command>,
+    limit: Duration,
+    fresh: Duration,
+) -> Vec<Forwarded> {
+    let (count, until) = (commands.len(), Instant::now() + limit);
     let (here, leader, silence) =
         look(raft, |now| (leads(now), now.current_leader, quorum_silence(now)));
     if !here {
-        return Forwarded::NotLeader { leader };
+        return vec![Forwarded::NotLeader { leader }; count];
     }
-    // A leader that lost its quorum would log the command and leave its outcome open. Better to
-    // refuse it while nothing has happened.
+    // A leader that lost its quorum would log the commands and leave their outcome open. Better to
+    // refuse them while nothing has happened.
     if silence.is_none_or(|silence| silence > fresh) {
         // Half of the time: the caller hears that nothing was proposed before it stops waiting.
         match read_index(raft, limit / 2).await {
             Forwarded::ReadIndex(_) => {}
-            other => return other,
+            other => return vec![other; count],
         }
     }
-    let left = until.saturating_duration_since(Instant::now());
-    match tokio::time::timeout(left, raft.client_write(command)).await {
-        Err(_) => Forwarded::Unknown("no majority confirmed the write in time".to_owned()),
-        Ok(Ok(written)) => Forwarded::Reply(written.data),
-        Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
+    let mut answers = Vec::with_capacity(count);
+    let proposing = async {
+        match raft.client_write_many(commands).await {
+            Ok(mut written) => {
+                while let Some(one) = written.next().await {
+                    answers.push(proposed(one));
+                }
+            }
+            Err(error) => answers.resize(count, Forwarded::Unknown(error.to_string())),
+        }
+    };
+    // Those that were answered in time are kept.
+    let _ = tokio::time::timeout_at(until, proposing).await;
+    answers.resize_with(count, unconfirmed);
+    answers
+}
+
+fn proposed(written: Result<WriteResult<TypeConfig>, Fatal<TypeConfig>>) -> Forwarded {
+    match written {
+        Ok(Ok(written)) => Forwarded::Reply(written.response),
+        Ok(Err(ClientWriteError::ForwardToLeader(to))) => {
             Forwarded::NotLeader { leader: to.leader_id }
         }
-        Ok(Err(RaftError::APIError(error))) => Forwarded::Unknown(error.to_string()),
-        Ok(Err(RaftError::Fatal(error))) => Forwarded::Unknown(error.to_string()),
+        Ok(Err(error)) => Forwarded::Unknown(error.to_string()),
+        Err(error) => Forwarded::Unknown(error.to_string()),
     }
 }
 

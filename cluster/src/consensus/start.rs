@@ -29,6 +29,7 @@ pub(crate) async fn start(
         replication_lag_threshold: config.snapshot_every.saturating_mul(2),
         install_snapshot_timeout: 60_000,
         max_payload_entries: 512,
+        broadcast_submitted_on_append: Some(true),
         ..openraft::Config::default()
     };
     let raft_config = raft_config.validate().map_err(|error| OpenError::Raft(error.to_string()))?;

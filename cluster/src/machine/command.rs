@@ -39,6 +39,16 @@ pub(crate) enum Command {
     Check,
 }
 
+impl Command {
+    /// What it carries, bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Txn(txn) => txn.bytes(),
+            Self::Compact { .. } | Self::Limit(_) | Self::Check => 0,
+        }
+    }
+}
+
 /// A transaction as it is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TxnCommand {
@@ -52,6 +62,21 @@ pub(crate) struct TxnCommand {
     pub(crate) author: String,
     /// The proposer's wall clock, milliseconds since 1970; for people. Nothing here decides by it.
     pub(crate) at_ms: u64,
+}
+
+impl TxnCommand {
+    /// Its keys and values, bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        let compared = self.compares.iter().map(|(key, _)| key.len());
+        let written = self.writes.iter().map(KeyWrite::bytes);
+        compared.chain(written).sum()
+    }
+}
+
+impl KeyWrite {
+    fn bytes(&self) -> usize {
+        self.key.len() + self.value.as_ref().map_or(0, Vec::len)
+    }
 }
 
 /// One key's write.
@@ -165,8 +190,8 @@ pub(crate) fn validate(txn: &TxnCommand) -> Result<(), Unfit> {
         let rule = "bytes and no control characters";
         return Err(Unfit::Invalid(format!("an author's name has at most {AUTHOR_MAX} {rule}")));
     }
-    let keys = txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|w| &w.key));
-    keys.clone().try_for_each(|key| valid_key(key)).map_err(Unfit::Invalid)?;
+    let mut keys = txn.compares.iter().map(|(key, _)| key).chain(txn.writes.iter().map(|w| &w.key));
+    keys.try_for_each(|key| valid_key(key)).map_err(Unfit::Invalid)?;
     let mut written = std::collections::BTreeSet::new();
     for write in &txn.writes {
         if !written.insert(&write.key) {
@@ -174,22 +199,20 @@ pub(crate) fn validate(txn: &TxnCommand) -> Result<(), Unfit> {
             return Err(Unfit::Invalid(format!("`{key}` is written twice in one transaction")));
         }
     }
-    fits(txn, keys.map(String::len).sum()).map_err(Unfit::TooLarge)
+    fits(txn).map_err(Unfit::TooLarge)
 }
 
-/// `key_bytes`: of all keys together.
-fn fits(txn: &TxnCommand, key_bytes: usize) -> Result<(), String> {
+fn fits(txn: &TxnCommand) -> Result<(), String> {
     if txn.compares.len() + txn.writes.len() > OPS_MAX {
         return Err(format!("more than {OPS_MAX} compares and writes in one transaction"));
     }
-    let mut total = key_bytes;
     for KeyWrite { key, value } in &txn.writes {
         let size = value.as_ref().map_or(0, Vec::len);
         if size > VALUE_MAX {
             return Err(format!("`{key}` has {size} bytes; at most {VALUE_MAX} are allowed"));
         }
-        total += size;
     }
+    let total = txn.bytes();
     if total > TXN_MAX {
         return Err(format!(
             "the transaction has {total} bytes; at most {TXN_MAX} are allowed: do it in parts"

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::{Node, pass_on};
+use super::Node;
 use crate::StoreError;
 use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
 use crate::machine::{Command, Reply};
@@ -39,8 +39,14 @@ impl Node {
         }
         match asked {
             Forward::Hello => Forwarded::Done,
-            Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
-            Forward::Txns(txns) => pass_on::take(self, txns, limit).await,
+            Forward::Txn(txn) => {
+                let answers = self.proposals.propose(vec![Command::Txn(txn)], limit).await;
+                answers.into_iter().next().unwrap_or(Forwarded::Unavailable(String::new()))
+            }
+            Forward::Txns(txns) => {
+                let commands = txns.into_iter().map(Command::Txn).collect();
+                Forwarded::Each(self.proposals.propose(commands, limit).await)
+            }
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
             Forward::AddLearner { id, .. } if self.is_leaving(proto::NodeId(id)) => {
                 Forwarded::Refused(

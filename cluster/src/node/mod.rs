@@ -8,6 +8,7 @@ mod lead;
 mod members;
 mod pass_on;
 mod past;
+mod propose;
 mod read;
 mod renewal;
 mod retention;
@@ -76,6 +77,8 @@ pub(crate) struct Node {
     backup_slots: Arc<tokio::sync::Semaphore>,
     /// Where linearizable reads are confirmed.
     confirm: confirm::Confirm,
+    /// Where commands wait that this node proposes.
+    proposals: propose::Proposals,
     /// Where transactions wait that another node leads.
     pass_on: pass_on::PassOn,
     /// One at a time asks for checksums.
@@ -201,6 +204,6 @@ impl Node {
 
     /// How long a member may be silent before it does not count as reachable.
     fn silence_limit(&self) -> Duration {
-        Duration::from_millis(self.config.timings.election_max_ms.saturating_mul(2))
+        self.config.timings.silence_limit()
     }
 }

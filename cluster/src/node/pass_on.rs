@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -19,7 +18,6 @@ const AT_ONCE: usize = 2;
 const OVERTAKE: Duration = Duration::from_millis(50);
 /// What one message carries, and what its answer may have to, bytes, about; or one transaction.
 const WEIGHT_MAX: usize = 16 << 20;
-
 /// A transaction's client, author and numbers, at most.
 const OTHER: usize = 512;
 
@@ -99,9 +97,7 @@ fn messages(waiting: Vec<Waiting>) -> Vec<Vec<Waiting>> {
 
 /// A compare that fails is answered with the key's value.
 fn weight_of(txn: &TxnCommand) -> usize {
-    let value = |value: &Option<Vec<u8>>| value.as_ref().map_or(0, Vec::len);
-    let writes = txn.writes.iter().map(|write| write.key.len() + value(&write.value));
-    writes.sum::<usize>() + txn.compares.len() * VALUE_MAX + OTHER
+    txn.bytes() + txn.compares.len() * VALUE_MAX + OTHER
 }
 
 async fn send(node: &Node, message: Vec<Waiting>) {
@@ -132,14 +128,6 @@ async fn send(node: &Node, message: Vec<Waiting>) {
         // Who does not wait any more needs no answer.
         let _ = answer.send(here);
     }
-}
-
-/// As the leader: what became of each.
-pub(super) async fn take(node: &Node, txns: Vec<TxnCommand>, limit: Duration) -> Forwarded {
-    let each = txns.into_iter().map(|txn| node.lead(Forward::Txn(txn), limit));
-    // All at once; in their order.
-    let each: futures::stream::FuturesOrdered<_> = each.collect();
-    Forwarded::Each(each.collect().await)
 }
 
 #[cfg(test)]
@@ -182,7 +170,9 @@ mod tests {
             })
             .collect();
         let large = (WEIGHT_MAX - 3 * OTHER - 39) % VALUE_MAX;
-        let wanted = [(1, vec![10, 30]), (2, vec![20]), (1, vec![large]), (2, vec![1])];
+        // The keys compared have 5 bytes, from the tenth on 6.
+        let compared = 1 + 10 * 5 + 6 * 6;
+        let wanted = [(1, vec![10, 30]), (2, vec![20]), (1, vec![large]), (2, vec![compared])];
         assert_eq!(sizes, wanted);
     }
 }

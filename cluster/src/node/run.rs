@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, authorities, confirm, denied, housekeeping, pass_on};
+use super::{Node, authorities, confirm, denied, housekeeping, pass_on, propose};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{CA_FILE, Identity};
@@ -57,6 +57,7 @@ pub(crate) async fn start(
     trust.deny(denied::denied(&db).map_err(io)?);
     let mut nonce = [0; 8];
     getrandom::fill(&mut nonce).map_err(|error| unusable(error.to_string()))?;
+    let proposals = propose::Proposals::new(raft.clone(), config.timings.silence_limit());
     let (confirm, reads) = confirm::queue();
     let (pass_on, txns) = pass_on::queue();
     let node = Arc::new(Node {
@@ -81,6 +82,7 @@ pub(crate) async fn start(
         rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
         backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
         confirm,
+        proposals,
         pass_on,
         check_turn: tokio::sync::Mutex::new(()),
         tasks: Mutex::new(Vec::new()),
