@@ -5,8 +5,8 @@ use std::io;
 use super::command::{Command, ConflictKv, KeyWrite, Reply, TxnCommand};
 use super::dedup::{self, Known};
 use super::{
-    Overlay, Place, Read, Record, Replaced, Table, Version, VersionHead, compact, decode, encode,
-    folders, journal_key, newest, revision, usage, version_key,
+    Gone, Overlay, Place, Read, Record, Replaced, Table, Version, VersionHead, compact, decode,
+    encode, folders, gone, journal_key, revision, usage, version_key,
 };
 
 /// Applies one committed command at its log index.
@@ -109,7 +109,7 @@ fn write<R: Read>(
     let (previous_revision, last) = match &old {
         Some(old) => (old.mod_revision, old.ordinal),
         // It may have existed before.
-        None => newest(state, key)?.map_or((0, 0), |(revision, found)| (revision, found.ordinal)),
+        None => gone::take(state, key)?.map_or((0, 0), |gone| (gone.revision, gone.ordinal)),
     };
     match value {
         Some(value) => {
@@ -117,7 +117,10 @@ fn write<R: Read>(
             let record = Record { create_revision, mod_revision, ordinal: last + 1, value };
             state.put(Table::Data, key.as_bytes(), encode(&record)?);
         }
-        None => state.delete(Table::Data, key.as_bytes()),
+        None => {
+            state.delete(Table::Data, key.as_bytes());
+            gone::note(state, key, Gone { revision: at.revision, ordinal: last + 1 })?;
+        }
     }
     let head = VersionHead {
         deleted: value.is_none(),

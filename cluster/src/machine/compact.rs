@@ -14,7 +14,7 @@ use std::io;
 
 use super::rows::number;
 use super::{
-    Lane, Overlay, Place, Read, Table, VersionHead, decode, decode_head, encode, folders,
+    Lane, Overlay, Place, Read, Table, VersionHead, decode, decode_head, encode, folders, gone,
     journal_key, newest, place_of, revision, usage, version_key, version_of,
 };
 
@@ -115,7 +115,11 @@ fn trim<R: Read>(
     loop {
         // Two at a time: whether the first may go depends on the second.
         let pair = state.scan(Table::Versions, &from, Some(&end), 2)?;
-        let Some((row, bytes)) = pair.first() else { return Ok(true) };
+        let Some((row, bytes)) = pair.first() else {
+            // Of a key that is not gone there is a version that stays.
+            gone::forget(state, key);
+            return Ok(true);
+        };
         let (_, revision) = version_of(row)?;
         let version = decode_head(bytes)?;
         budget.bytes = budget.bytes.saturating_sub(bytes.len());

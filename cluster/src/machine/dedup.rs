@@ -1,7 +1,7 @@
 //! Outcomes of named transactions, so that a repetition is answered instead of applied twice.
 //!
 //! Rows: `a CLIENT SEQUENCE` → outcome (the revision, or none for a failed compare);
-//! `c CLIENT` → [`ClientRow`]; `o LOG-INDEX` → client, to find the one that has been silent longest.
+//! `c CLIENT` → [`ClientRow`]; `o LOG-INDEX` → client, to find one that has been silent for long.
 //! Bounded by counting alone: [`ANSWERS_MAX`] outcomes per client (older ones are answered
 //! "forgotten", never applied), [`CLIENTS_MAX`] clients (a client that has been silent while that
 //! many others wrote is forgotten; retries end after seconds, long before).
@@ -17,6 +17,9 @@ use super::{Overlay, Read, Table, decode, encode, prefix_end};
 pub(super) const ANSWERS_MAX: u64 = 1024;
 /// Clients kept.
 pub(super) const CLIENTS_MAX: u64 = 4096;
+/// A client's place in the order of silence is renewed once it is this many entries old: less than
+/// [`CLIENTS_MAX`], and not with each of its transactions.
+const RENEWED_AFTER: u64 = 1024;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct ClientRow {
@@ -24,8 +27,8 @@ struct ClientRow {
     floor: u64,
     /// Outcomes kept.
     count: u64,
-    /// Log index of its last transaction.
-    last_index: u64,
+    /// Its place in the order of silence: the log index of one of its last transactions.
+    place: u64,
 }
 
 /// What is known of a named transaction.
@@ -79,23 +82,31 @@ pub(super) fn remember<R: Read>(
     let row = state.get(Table::Dedup, &client_key(client))?;
     let is_new = row.is_none();
     let mut row: ClientRow = row.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
-    if !is_new {
-        state.delete(Table::Dedup, &order_key(row.last_index));
+    if is_new || index.saturating_sub(row.place) >= RENEWED_AFTER {
+        if !is_new {
+            state.delete(Table::Dedup, &order_key(row.place));
+        }
+        state.put(Table::Dedup, &order_key(index), client.as_bytes().to_vec());
+        row.place = index;
     }
-    row.last_index = index;
     row.count += 1;
     if row.count > ANSWERS_MAX {
         row.floor = row.floor.max(drop_oldest(state, client, row.floor)?);
         row.count -= 1;
     }
     state.put(Table::Dedup, &client_key(client), encode(&row)?);
-    state.put(Table::Dedup, &order_key(index), client.as_bytes().to_vec());
     if is_new { count_client(state) } else { Ok(()) }
 }
 
 /// Removes a client's lowest outcome; answers its sequence. There is none at or below the floor, but
 /// for the database the traces of all that were removed there, which a search would go through.
 fn drop_oldest<R: Read>(state: &mut Overlay<'_, R>, client: &str, floor: u64) -> io::Result<u64> {
+    // As a rule a client's sequences have no gaps, and a look is cheaper than a search.
+    let next = answer_key(client, floor.saturating_add(1));
+    if state.get(Table::Dedup, &next)?.is_some() {
+        state.delete(Table::Dedup, &next);
+        return Ok(floor.saturating_add(1));
+    }
     let prefix = answers_prefix(client);
     let from = answer_key(client, floor);
     let oldest = state.scan(Table::Dedup, &from, prefix_end(&prefix).as_deref(), 1)?;

@@ -8,7 +8,7 @@
 //! | Versions | the key, 0, revision (8 BE)                 | [`Version`]: what a write did    |
 //! | Journal  | a folder, 0, revision (8 BE), place (4 BE)  | the key that was written         |
 //! | Dedup    | see [`dedup`]                               | outcomes of named transactions   |
-//! | Machine  | a word                                      | `revision`, `clients`, see [`compact`], [`usage`] |
+//! | Machine  | a word                                      | `revision`, `clients`, see [`compact`], [`gone`], [`usage`] |
 //!
 //! A write has a row in Versions, and one in the Journal for each folder above it (the first few,
 //! see [`folders`]), so that neither a key's nor a folder's history is searched for. The system's
@@ -22,6 +22,7 @@ mod apply;
 mod command;
 mod compact;
 mod dedup;
+mod gone;
 mod history;
 mod lane;
 mod overlay;
@@ -41,6 +42,7 @@ mod model_tests;
 pub(crate) use apply::apply;
 pub(crate) use command::{Command, Reply, TxnCommand, Unfit, VALUE_MAX, valid_key, validate};
 pub(crate) use compact::{floor, unswept};
+use gone::Gone;
 pub(crate) use history::{
     ANSWER_BYTES, At, Span, Written, changes, floor_of_prefix, get_at, journal, newest, range_at,
     written_at, written_at_ms,

@@ -62,7 +62,7 @@ impl Cf {
     }
 }
 
-const FORMAT: &[u8] = b"4";
+const FORMAT: &[u8] = b"5";
 /// Of what is read from files, so much stays in memory.
 const CACHE_BYTES: usize = 32 << 20;
 /// With less room than this nothing at all is written any more.
@@ -143,6 +143,7 @@ impl Db {
         let path = folder.join("db");
         let rocks = DB::open_cf_descriptors(&db_options(new), &path, families())
             .map_err(|error| fail(io_error(error)))?;
+        leave_bottommost_files(&rocks).map_err(fail)?;
         let rocks = Arc::new(rocks);
         let logged = check(&rocks).map_err(fail)?;
         let lost_tail = begin(&rocks, folder, host.boot_id(), new)?;
@@ -366,6 +367,18 @@ pub(super) fn db_options(new: bool) -> Options {
     options
 }
 
+/// RocksDB writes each family's lowest files anew once no reader of older states is left, to forget
+/// the numbers of their rows; there is always one soon. It may be left for as long as this, s.
+const BOTTOMMOST_DELAY: &str = "86400";
+
+fn leave_bottommost_files(rocks: &DB) -> io::Result<()> {
+    for cf in Cf::ALL {
+        let options = [("bottommost_file_compaction_delay", BOTTOMMOST_DELAY)];
+        rocks.set_options_cf(handle(rocks, cf)?, &options).map_err(io_error)?;
+    }
+    Ok(())
+}
+
 /// All families, which share a cache.
 pub(super) fn families() -> Vec<ColumnFamilyDescriptor> {
     let cache = Cache::new_lru_cache(CACHE_BYTES);
@@ -381,7 +394,11 @@ fn cf_options(cf: Cf, cache: &Cache) -> Options {
     options.set_arena_block_size(128 << 10);
     let mut table = BlockBasedOptions::default();
     table.set_block_cache(cache);
-    if matches!(cf, Cf::Table(Table::Data | Table::Dedup)) {
+    if matches!(cf, Cf::Log) {
+        // Read again after a crash only, and gone with the next snapshot.
+        options.set_compression_type(rocksdb::DBCompressionType::None);
+    }
+    if matches!(cf, Cf::Table(Table::Data | Table::Dedup | Table::Machine)) {
         // Each new key is looked for first, and is nowhere.
         table.set_bloom_filter(10.0, false);
     }
