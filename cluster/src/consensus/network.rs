@@ -314,19 +314,21 @@ impl RaftNetworkV2<TypeConfig> for Link {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         Box::pin(async move {
-            // openraft sends a heartbeat as a stream of one request, which is there at once.
+            // After a failure openraft holds the next request back for a while. A connection that is
+            // opened before it is there would be dialled without a pause as long as it is refused.
             let mut input = input.fuse();
-            let first = input.next().now_or_never().flatten();
-            let second = first.as_ref().and_then(|_| input.next().now_or_never());
-            let begun = match (first, second) {
-                (Some(only), Some(None)) => {
-                    let (prev, last) = (only.prev_log_id, only.entries.last().map(|e| e.log_id));
-                    let answer = self.append_entries(only, option).await?;
-                    let answer = as_of_a_stream(answer, prev, last);
-                    return Ok(futures::stream::iter([answer]).boxed());
-                }
-                (first, second) => first.into_iter().chain(second.flatten()),
+            let Some(first) = input.next().await else {
+                return Ok(futures::stream::empty().boxed());
             };
+            // A heartbeat comes as a stream of one request.
+            let second = input.next().now_or_never();
+            if let Some(None) = second {
+                let (prev, last) = (first.prev_log_id, first.entries.last().map(|e| e.log_id));
+                let answer = self.append_entries(first, option).await?;
+                let answer = as_of_a_stream(answer, prev, last);
+                return Ok(futures::stream::iter([answer]).boxed());
+            }
+            let begun = std::iter::once(first).chain(second.flatten());
             let input = futures::stream::iter(begun).chain(input);
 
             let mut client = self.client()?;

@@ -1,11 +1,13 @@
 //! Transactions, reads and watches on three members, through the loss of leaders and of everything.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::{LIMIT, Lab, Outcome};
+use cluster::host::{Connection, GroupCommit, Host, SyncNow, ThisHost};
 use cluster::{
     Cluster, Consistency, MembershipError, StoreError, Txn, TxnOutcome, WatchError, WatchEvent,
 };
@@ -200,6 +202,55 @@ fn a_request_to_a_leader_that_hangs_goes_to_the_next_one() -> Outcome {
     // What was asked of the former leader may reach it now; it is not done a second time.
     let again = lab.nodes[leader].run(|c| async move { c.txn(txn()).await })??;
     assert_eq!(again, written);
+    Ok(())
+}
+
+/// This machine; counts what it dials.
+#[derive(Debug, Default)]
+struct Counting(AtomicUsize);
+
+#[async_trait::async_trait]
+impl Host for Counting {
+    async fn dial(&self, address: &str) -> std::io::Result<Connection> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        ThisHost.dial(address).await
+    }
+    fn group_commit(&self, folder: &Path, sync: SyncNow) -> std::io::Result<Box<dyn GroupCommit>> {
+        ThisHost.group_commit(folder, sync)
+    }
+    fn blocking(&self, work: Box<dyn FnOnce() + Send>) {
+        ThisHost.blocking(work);
+    }
+    fn free_bytes(&self, folder: &Path) -> Option<u64> {
+        ThisHost.free_bytes(folder)
+    }
+    fn boot_id(&self) -> String {
+        ThisHost.boot_id()
+    }
+}
+
+#[test]
+fn a_member_that_is_down_is_not_dialled_without_a_pause() -> Outcome {
+    let hosts: Vec<Arc<Counting>> = (0..3).map(|_| Arc::default()).collect();
+    let given = std::cell::RefCell::new(hosts.clone().into_iter());
+    let mut lab = Lab::with(3, |config| {
+        if let Some(host) = given.borrow_mut().next() {
+            config.host = host;
+        }
+    })?;
+    let leader = lab.leader()?;
+    let down = (leader + 1) % 3;
+    lab.nodes[down].kill();
+    let before = hosts[leader].0.load(Ordering::Relaxed);
+    // Several writes, each of which gives the leader something for it.
+    for n in 0..20 {
+        lab.nodes[leader]
+            .run(|c| async move { c.txn(Txn::new().put("x", n.to_string())).await })??;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let dialled = hosts[leader].0.load(Ordering::Relaxed) - before;
+    // Heartbeats and entries have a connection each; thousands were seen.
+    assert!((1..100).contains(&dialled), "{dialled} times in a second");
     Ok(())
 }
 
