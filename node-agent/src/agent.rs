@@ -83,6 +83,9 @@ pub struct Agent {
     run_folder: std::sync::Mutex<Option<File>>,
 }
 
+/// Threads that serve requests, at most.
+const WORKERS_MAX: usize = 4;
+
 /// The two listeners of a member, bound before it becomes one.
 struct Listeners {
     api: TcpListener,
@@ -98,10 +101,22 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 pub(crate) fn on_a_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    // tokio's own setting goes first.
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        runtime.worker_threads(workers());
+    }
+    let runtime = runtime.enable_all().build()?;
     let ended = runtime.block_on(work);
     runtime.shutdown_timeout(Duration::from_secs(2));
     ended
+}
+
+/// Threads that serve requests: half of the cores, four at most. The others are the VMs', and a
+/// thread more than there is work for costs the ones that work: each wakes the next one.
+fn workers() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / 2).clamp(1, WORKERS_MAX)
 }
 
 async fn run_until_told(config: Config) -> anyhow::Result<()> {
