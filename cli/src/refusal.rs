@@ -7,6 +7,8 @@ use crate::failure::{Exit, Failure};
 
 /// Longest piece of a line that is shown.
 const LINE_MAX: usize = 160;
+/// Refusals that are shown: the first ones are what a person mends next.
+const SHOWN_MAX: usize = 20;
 
 /// One refusal. `file` is what the person calls the text, `text` the text, if it is at hand.
 pub(crate) fn shown(refusal: &Refusal, file: &str, text: Option<&str>) -> String {
@@ -57,7 +59,11 @@ pub(crate) fn failure<'a>(
         let (file, text) = file_of(&refusal.path);
         shown(refusal, &file, text)
     });
-    let why = texts.collect::<Vec<_>>().join("\n");
+    let mut texts: Vec<String> = texts.take(SHOWN_MAX).collect();
+    if let Some(more @ 1..) = refusals.len().checked_sub(SHOWN_MAX) {
+        texts.push(format!("and {more} more"));
+    }
+    let why = texts.join("\n");
     if is_conflict(refusals) {
         return Failure::new(Exit::Refused, format!("cannot {what}"))
             .why(why)
@@ -82,6 +88,15 @@ mod tests {
         let expected =
             " --> web.toml:2:10\n  |\n2 | memory = \"2GB\"\n  |          ^ `2GB` is not a size";
         assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn a_thousand_refusals_are_counted() {
+        let refusals = vec![refusal(0, 0, "no pool `x`"); 1000];
+        let shown = failure("write", &refusals, |key| (key.to_owned(), None));
+        let lines: Vec<&str> = shown.why.iter().flat_map(|why| why.lines()).collect();
+        assert_eq!(lines.len(), SHOWN_MAX + 1);
+        assert_eq!(lines[SHOWN_MAX], "and 980 more");
     }
 
     #[test]

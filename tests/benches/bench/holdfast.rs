@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use proto::v1;
 use proto::v1::config_client::ConfigClient;
 use proto::v1::membership_client::MembershipClient;
+use tempfile::TempDir;
 use tests::lab::loopback;
 use tests::lab::process::Lifetime;
 use tests::ports::free_port;
@@ -34,14 +35,23 @@ pub(crate) struct Agents {
     /// Each has a certificate of its own: what a client may ask in a second is limited by its name.
     clients: Vec<Tls>,
     processes: Vec<Process>,
+    /// Their run folders: in memory, as `/run` is.
+    run: TempDir,
 }
 
 /// Forms a cluster and waits until all three vote.
 pub(crate) async fn start(folder: &Path) -> anyhow::Result<Agents> {
     let ports = (0..3).map(|_| (free_port(), free_port())).collect();
-    let mut agents =
-        Agents { folder: folder.to_owned(), ports, clients: Vec::new(), processes: Vec::new() };
+    let run = tempfile::tempdir_in("/dev/shm").context("no folder in memory")?;
+    let mut agents = Agents {
+        folder: folder.to_owned(),
+        ports,
+        clients: Vec::new(),
+        processes: Vec::new(),
+        run,
+    };
     for member in 0..3 {
+        agents.place_run_folder(member)?;
         let process = agents.spawn(member)?;
         agents.processes.push(process);
         agents.until_it_listens(member).await?;
@@ -76,6 +86,15 @@ pub(crate) async fn start(folder: &Path) -> anyhow::Result<Agents> {
 }
 
 impl Agents {
+    fn place_run_folder(&self, member: usize) -> anyhow::Result<()> {
+        let number = number(member)?.to_string();
+        let (own, place) = (self.folder.join(&number), self.run.path().join(&number));
+        std::fs::create_dir_all(&own)?;
+        std::fs::create_dir(&place)?;
+        std::os::unix::fs::symlink(place, own.join("run"))?;
+        Ok(())
+    }
+
     fn spawn(&self, member: usize) -> anyhow::Result<Process> {
         let (api, enrol) = self.ports[member];
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));

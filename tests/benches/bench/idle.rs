@@ -81,8 +81,8 @@ fn write_vms(agents: &Agents, folder: &Path, vms: usize) -> anyhow::Result<()> {
     }
     let pool = folder.join("pool");
     std::fs::create_dir_all(&pool)?;
-    // None of them ever starts.
-    std::fs::write(pool.join("vmlinuz"), b"no kernel")?;
+    // It has a kernel's first bytes alone: none of them ever starts.
+    std::fs::write(pool.join("vmlinuz"), b"\x7fELF")?;
     let path = pool.display().to_string();
     agents.ctl(0, &["storage", "create", "local", "--kind", "shared-dir", "--path", &path])?;
     agents.ctl(0, &["config", "apply", "-f", &documents.display().to_string()])?;

@@ -53,11 +53,16 @@ fn run_script(script: &str, arguments: &[&std::ffi::OsStr]) -> anyhow::Result<()
     Ok(())
 }
 
-/// A program that this build made.
+/// A program that this build made, or the one in the folder that `HOLDFAST_PROGRAMS` names.
 ///
 /// # Errors
 /// If it is not built.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    if let Some(folder) = std::env::var_os("HOLDFAST_PROGRAMS") {
+        let path = PathBuf::from(folder).join(name);
+        ensure!(path.is_file(), "{} is not there (HOLDFAST_PROGRAMS)", path.display());
+        return Ok(path);
+    }
     let own = std::env::current_exe()?;
     let folder = own.parent().context("this program has no folder")?;
     let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
