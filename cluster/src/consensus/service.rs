@@ -20,7 +20,7 @@ use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::certificates;
 use crate::host::blocking;
-use crate::machine::{Reply, TxnCommand};
+use crate::machine::{Judged, Reply, TxnCommand};
 use crate::membership::check_described;
 use crate::node::Node;
 use crate::storage::Db;
@@ -53,6 +53,25 @@ pub(crate) enum Forward {
     Checked { index: u64 },
     /// Propose transactions, each for itself.
     Txns(Vec<TxnCommand>),
+    /// Propose a transaction that somebody judged.
+    Judged(Judged),
+    /// Propose transactions, each for itself, some of them judged.
+    EachJudged(Vec<Judged>),
+}
+
+impl Forward {
+    /// Has a transaction proposed.
+    pub(crate) fn proposal(judged: Judged) -> Self {
+        if judged.rests_on.is_empty() { Self::Txn(judged.txn) } else { Self::Judged(judged) }
+    }
+
+    /// Has several proposed.
+    pub(crate) fn proposals(all: Vec<Judged>) -> Self {
+        if all.iter().all(|one| one.rests_on.is_empty()) {
+            return Self::Txns(all.into_iter().map(|one| one.txn).collect());
+        }
+        Self::EachJudged(all)
+    }
 }
 
 /// What the leader answers.

@@ -39,7 +39,9 @@ mod limit_tests;
 mod model_tests;
 
 pub(crate) use apply::apply;
-pub(crate) use command::{Command, Reply, TxnCommand, Unfit, VALUE_MAX, valid_key, validate};
+pub(crate) use command::{
+    Command, Judged, Reply, TxnCommand, Unfit, VALUE_MAX, valid_key, validate,
+};
 pub(crate) use compact::{floor, unswept};
 pub(crate) use history::{
     ANSWER_BYTES, At, Span, Written, changes, floor_of_prefix, get_at, journal, newest, range_at,

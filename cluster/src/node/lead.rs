@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{Node, pass_on};
 use crate::StoreError;
 use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
-use crate::machine::{Command, Reply};
+use crate::machine::{Command, Judged, Reply};
 
 /// How long a member that is not known to lead may take to say who does.
 const ELSEWHERE: Duration = Duration::from_millis(500);
@@ -40,7 +40,15 @@ impl Node {
         match asked {
             Forward::Hello => Forwarded::Done,
             Forward::Txn(txn) => lead::propose(&self.raft, Command::Txn(txn), limit, silence).await,
-            Forward::Txns(txns) => pass_on::take(self, txns, limit).await,
+            Forward::Judged(judged) => {
+                lead::propose(&self.raft, judged.command(), limit, silence).await
+            }
+            Forward::Txns(txns) => {
+                pass_on::take(self, txns.into_iter().map(Forward::Txn), limit).await
+            }
+            Forward::EachJudged(all) => {
+                pass_on::take(self, all.into_iter().map(Forward::proposal), limit).await
+            }
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
             Forward::AddLearner { id, .. } if self.is_leaving(proto::NodeId(id)) => {
                 Forwarded::Refused(
@@ -201,7 +209,11 @@ impl Node {
     /// Has another member, as the leader, do it.
     async fn ask_other(&self, id: u64, asked: &Forward, left: Duration) -> Forwarded {
         match asked {
-            Forward::Txn(txn) => self.pass_on.ask(id, txn.clone(), left).await,
+            Forward::Txn(txn) => {
+                let judged = Judged { txn: txn.clone(), rests_on: Vec::new() };
+                self.pass_on.ask(id, judged, left).await
+            }
+            Forward::Judged(judged) => self.pass_on.ask(id, judged.clone(), left).await,
             asked => self.ask_member(id, asked, left).await,
         }
     }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use crate::consensus::{Forward, Forwarded};
-use crate::machine::{TxnCommand, VALUE_MAX};
+use crate::machine::{Judged, VALUE_MAX};
 
 /// Messages that are on their way at once: one is answered while the next one fills.
 const AT_ONCE: usize = 2;
@@ -33,7 +33,7 @@ pub(super) struct PassOn {
 #[derive(Debug)]
 pub(super) struct Waiting {
     leader: u64,
-    txn: TxnCommand,
+    txn: Judged,
     until: Instant,
     answer: oneshot::Sender<Forwarded>,
 }
@@ -46,7 +46,7 @@ pub(super) fn queue() -> (PassOn, mpsc::UnboundedReceiver<Waiting>) {
 
 impl PassOn {
     /// The leader's answer to a transaction.
-    pub(super) async fn ask(&self, leader: u64, txn: TxnCommand, limit: Duration) -> Forwarded {
+    pub(super) async fn ask(&self, leader: u64, txn: Judged, limit: Duration) -> Forwarded {
         let until = Instant::now() + limit;
         let (answer, answered) = oneshot::channel();
         if self.queue.send(Waiting { leader, txn, until, answer }).is_err() {
@@ -97,8 +97,8 @@ fn messages(waiting: Vec<Waiting>) -> Vec<Vec<Waiting>> {
     full
 }
 
-/// A compare that fails is answered with the key's value.
-fn weight_of(txn: &TxnCommand) -> usize {
+/// A compare that fails is answered with the key's value; what it rests on is not.
+fn weight_of(Judged { txn, .. }: &Judged) -> usize {
     let value = |value: &Option<Vec<u8>>| value.as_ref().map_or(0, Vec::len);
     let writes = txn.writes.iter().map(|write| write.key.len() + value(&write.value));
     writes.sum::<usize>() + txn.compares.len() * VALUE_MAX + OTHER
@@ -113,7 +113,7 @@ async fn send(node: &Node, message: Vec<Waiting>) {
         message.into_iter().map(|one| (one.txn, one.answer)).unzip();
     // Whoever waits asks the next leader by itself.
     let known = node.leader();
-    let txns = Forward::Txns(txns);
+    let txns = Forward::proposals(txns);
     let answer = tokio::select! {
         answer = node.ask_member(leader, &txns, limit) => answer,
         () = node.another_leads([Some(leader), known]) => {
@@ -135,8 +135,12 @@ async fn send(node: &Node, message: Vec<Waiting>) {
 }
 
 /// As the leader: what became of each.
-pub(super) async fn take(node: &Node, txns: Vec<TxnCommand>, limit: Duration) -> Forwarded {
-    let each = txns.into_iter().map(|txn| node.lead(Forward::Txn(txn), limit));
+pub(super) async fn take(
+    node: &Node,
+    txns: impl Iterator<Item = Forward> + Send,
+    limit: Duration,
+) -> Forwarded {
+    let each = txns.map(|txn| node.lead(txn, limit));
     // All at once; in their order.
     let each: futures::stream::FuturesOrdered<_> = each.collect();
     Forwarded::Each(each.collect().await)
@@ -145,17 +149,18 @@ pub(super) async fn take(node: &Node, txns: Vec<TxnCommand>, limit: Duration) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{KeyWrite, VALUE_MAX};
+    use crate::machine::{KeyWrite, TxnCommand, VALUE_MAX};
 
-    fn txn(bytes: usize, compares: usize) -> TxnCommand {
-        TxnCommand {
+    fn txn(bytes: usize, compares: usize) -> Judged {
+        let txn = TxnCommand {
             compares: (0..compares).map(|n| (format!("key/{n}"), 1)).collect(),
             writes: vec![KeyWrite { key: String::new(), value: Some(vec![0; bytes]) }],
             client: String::new(),
             sequence: 0,
             author: String::new(),
             at_ms: 0,
-        }
+        };
+        Judged { txn, rests_on: vec![("status/administration".to_owned(), 7)] }
     }
 
     #[test]
