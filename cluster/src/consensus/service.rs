@@ -131,6 +131,17 @@ impl RaftService {
         require_node(request)
     }
 
+    /// The leader, which knows all members, does nothing for who is none, whatever it shows. (What
+    /// Raft's own messages come from is not asked: a copy that is behind does not know the member yet
+    /// that is to bring it up to date.)
+    fn member(&self, from: NodeId) -> Result<(), Status> {
+        if !self.node.leads() || self.node.is_member(from) {
+            return Ok(());
+        }
+        // One that joins may be a moment early.
+        Err(Status::permission_denied(format!("node {from} is no member of this cluster (yet)")))
+    }
+
     /// Entries from a leader. Those that cannot be read are not taken, and this member stays behind.
     fn entries(
         &self,
@@ -305,6 +316,7 @@ impl RaftApi for RaftService {
     ) -> Result<Response<RaftMessage>, Status> {
         let from = self.admit(&request)?;
         let asked = from_message(request.get_ref())?;
+        self.member(from)?;
         if let Forward::Describe { id, node } = &asked {
             if *id != from.0 {
                 return Err(Status::permission_denied("a node describes itself only"));
@@ -322,6 +334,7 @@ impl RaftApi for RaftService {
         request: Request<RenewRequest>,
     ) -> Result<Response<RenewResponse>, Status> {
         let from = self.admit(&request)?;
+        self.member(from)?;
         let request = request.into_inner();
         if request.node_id != from.0 {
             return Err(Status::permission_denied(format!(
