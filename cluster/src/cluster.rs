@@ -1,5 +1,6 @@
 //! The handle that the agent works with.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use futures::Stream;
@@ -320,6 +321,14 @@ impl Cluster {
     /// [`MembershipError`]
     pub async fn certificates(&self) -> Result<Vec<v1::Certificate>, MembershipError> {
         Ok(certificates::list(&self.node).await?)
+    }
+    /// The clients that a certificate lets in now, as this node has applied it: neither revoked, nor
+    /// over, nor of a CA that was dropped.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn certified_clients(&self) -> Result<BTreeSet<String>, StoreError> {
+        certificates::clients(&self.node).await
     }
     /// The certificate that this node shows in handshakes.
     #[must_use]

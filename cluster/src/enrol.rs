@@ -29,7 +29,7 @@ pub(crate) async fn enrol(
 ) -> Result<(Identity, SealingKey), JoinError> {
     let token = Token::decode(token).map_err(JoinError::Malformed)?;
     let (key_pem, csr_pem) = key(&config.data_dir)?;
-    let mut tried = Vec::new();
+    let (mut tried, mut wrong) = (Vec::new(), None);
     for address in &token.addresses {
         let request = EnrolRequest {
             token_id: token.id.clone(),
@@ -45,10 +45,14 @@ pub(crate) async fn enrol(
         match ask(&config.host, &token, address, request).await {
             Ok(answer) => return identity(&token, name, &key_pem, answer),
             Err(Failed::Here(why)) => tried.push(format!("{address}: {why}")),
+            // While the CA is replaced, one member shows a new certificate sooner than another.
+            Err(Failed::Everywhere(error @ JoinError::WrongCluster { .. })) => {
+                wrong.get_or_insert(error);
+            }
             Err(Failed::Everywhere(error)) => return Err(error),
         }
     }
-    Err(JoinError::Unreachable(tried))
+    Err(wrong.unwrap_or(JoinError::Unreachable(tried)))
 }
 
 enum Failed {

@@ -68,6 +68,12 @@ pub enum StoreError {
         /// How often it may ask.
         per_s: u32,
     },
+    /// Nothing was written: what the request was let through by has changed since, see
+    /// [`Txn::resting_on`](crate::Txn::resting_on).
+    #[error(
+        "who may do what was changed meanwhile, and nothing was written; repeat the request to have it judged anew"
+    )]
+    Overtaken,
     /// This node does as much of it as it can.
     #[error("this node is busy: {0}")]
     Busy(String),

@@ -100,7 +100,10 @@ pub(crate) async fn create_token(
     let mut members = node.members();
     members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
     let addresses = members.into_iter().map(|member| member.enrol_address).collect();
-    let fingerprint = node.trusted().signer_fingerprint();
+    let trusted = node.trusted();
+    let fingerprint = trusted.signer_fingerprint();
+    // While the CA is replaced: who joins knows the new one alone, and asks this node first.
+    node.shows(&trusted.signer_key_id()).await;
     let token = Token::make(record.cluster_id.clone(), fingerprint, addresses)
         .map_err(|error| random(&error))?;
     let expires_unix_s = unix_now_s().saturating_add(u64::from(ttl_s));
@@ -135,8 +138,11 @@ pub(crate) async fn issue_client(
     let name: Name = name
         .parse()
         .map_err(|error: proto::InvalidName| MembershipError::Invalid(error.to_string()))?;
+    check_client(&name)?;
     let (certificate_pem, record) =
         certificates::issue_client(node, name.as_str(), csr_pem, caller).await?;
+    // Its holder trusts the CA that signs alone.
+    node.shows(&record.signer_key_id()).await;
     let api_addresses = node.members().into_iter().map(|member| member.api_address).collect();
     Ok(v1::IssueClientResponse {
         certificate_pem,
@@ -145,6 +151,32 @@ pub(crate) async fn issue_client(
         // The agent says it: it judges by it.
         role: String::new(),
     })
+}
+
+/// Names that stand in the history for somebody else.
+const RESERVED: [&str; 2] = ["root", "system"];
+
+/// Refuses a client the names by which the cluster itself, and root on a node, sign their changes.
+fn check_client(name: &Name) -> Result<(), MembershipError> {
+    if RESERVED.contains(&name.as_str()) {
+        let text = format!(
+            "no client is named `{name}`: it stands for the cluster itself, or root on a node, in the history; choose another name"
+        );
+        return Err(MembershipError::Invalid(text));
+    }
+    Ok(())
+}
+
+/// What a stranger is told of a failure: nothing of this node's folders.
+fn for_strangers(error: MembershipError) -> Status {
+    let why = match &error {
+        MembershipError::CannotSign { .. } => "it cannot sign certificates",
+        MembershipError::Store(StoreError::Failed { .. }) => "its database failed",
+        MembershipError::Store(StoreError::DiskFull { .. }) => "the disk is full",
+        _ => return error.into(),
+    };
+    tracing::warn!(%error, "a node that joins was sent elsewhere");
+    Status::unavailable(format!("this member cannot let nodes in: {why}; its log says more"))
 }
 
 /// Refuses names that are numbers: people name nodes by id, too.
@@ -188,7 +220,7 @@ pub(crate) async fn enrol(
     let key_hash = request_key_hash(&request.csr_pem)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     // Before the token is used up: where this member cannot sign, another one may.
-    let signer = authority::signer(node).await?;
+    let signer = authority::signer(node).await.map_err(for_strangers)?;
     let id = admit(node, &request, &name, &key_hash).await?;
     let (certificate_pem, signer) = sign_in(node, id, &request.csr_pem, signer).await?;
     let member = MemberNode {
@@ -242,7 +274,7 @@ async fn sign_in(
             return Err(removed_since(id));
         }
         // The CA was rotated meanwhile.
-        signer = authority::signer(node).await?;
+        signer = authority::signer(node).await.map_err(for_strangers)?;
     }
     Err(Status::unavailable("the cluster's CA is being rotated; join again"))
 }
@@ -457,6 +489,28 @@ pub(crate) async fn status(node: &Node) -> v1::ClusterStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stranger_hears_nothing_of_this_nodes_folders() {
+        let path = || std::path::PathBuf::from("/srv/secret");
+        let errors = [
+            MembershipError::CannotSign { node: "n1".to_owned(), why: "/srv/secret/x".to_owned() },
+            StoreError::Failed { why: "/srv/secret/db".to_owned() }.into(),
+            StoreError::DiskFull { path: path(), free_bytes: 1 }.into(),
+        ];
+        for error in errors {
+            let told = for_strangers(error);
+            assert_eq!(told.code(), tonic::Code::Unavailable, "{told}");
+            assert!(!told.message().contains("/srv"), "{told}");
+        }
+    }
+
+    #[test]
+    fn no_client_passes_for_the_cluster_or_root() {
+        for (name, fine) in [("root", false), ("system", false), ("roots", true), ("ann", true)] {
+            assert_eq!(check_client(&name.parse().unwrap()).is_ok(), fine, "{name}");
+        }
+    }
 
     #[test]
     fn what_a_node_says_of_itself_is_bounded() {

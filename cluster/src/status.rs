@@ -19,6 +19,7 @@ impl From<&StoreError> for Status {
             | StoreError::DiskFull { .. }
             | StoreError::NoSpace { .. }
             | StoreError::TooOften { .. } => Self::resource_exhausted(text),
+            StoreError::Overtaken => Self::aborted(text),
             StoreError::Failed { .. } => Self::internal(text),
             StoreError::Removed => Self::failed_precondition(text),
         }

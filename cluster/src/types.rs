@@ -42,6 +42,7 @@ pub struct Txn {
     pub(crate) writes: Vec<Write>,
     pub(crate) dedup: Option<(String, u64)>,
     pub(crate) author: String,
+    pub(crate) rests_on: Vec<(String, Revision)>,
 }
 
 /// One write of a transaction.
@@ -76,6 +77,15 @@ impl Txn {
     #[must_use]
     pub fn if_revision(mut self, key: impl Into<String>, mod_revision: Revision) -> Self {
         self.compares.push((key.into(), mod_revision));
+        self
+    }
+    /// Says what whoever let it through went by: a key's last write (0: absent) as it was read, from
+    /// a copy that may be old. Where the key has been written since, nothing is done
+    /// ([`StoreError::Overtaken`](crate::StoreError::Overtaken)): judge again by what is there now.
+    /// Other than a compare it is no answer that is remembered, and tells nobody what the key holds.
+    #[must_use]
+    pub fn resting_on(mut self, key: impl Into<String>, mod_revision: Revision) -> Self {
+        self.rests_on.push((key.into(), mod_revision));
         self
     }
     /// Set a key.

@@ -263,6 +263,7 @@ impl Agent {
             store: Store::new(cluster.clone()),
             board: Board::default(),
             access: Access::default(),
+            named: std::sync::Mutex::default(),
             supervisor,
             tasks,
             lease: Lease::new(timing),

@@ -12,6 +12,7 @@ use proto::{Name, NodeId};
 use tokio::sync::{Notify, watch};
 
 use crate::access::Access;
+use crate::api::Named;
 use crate::config::Config;
 use crate::ha::Leader;
 use crate::jobs::Jobs;
@@ -36,6 +37,8 @@ pub struct Node {
     pub board: Board,
     /// Who has which role, as this node has applied it.
     pub access: Access,
+    /// Under which names clients repeat their transactions.
+    pub named: std::sync::Mutex<Named>,
     /// The VM processes here.
     pub supervisor: Supervisor,
     /// The tasks here.

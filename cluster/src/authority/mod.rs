@@ -15,7 +15,7 @@ use proto::Revision;
 use serde::{Deserialize, Serialize};
 
 use crate::host::blocking;
-use crate::identity::{Ca, SEALING_KEY, SealError, SealedCa, SealingKey, Trusted};
+use crate::identity::{Ca, SEALING_KEY, SealError, SealedCa, SealingKey, Trusted, key_id};
 use crate::machine::{Read, Record, Table, decode};
 use crate::membership::from_json;
 use crate::node::Node;
@@ -80,20 +80,32 @@ impl CaRecord {
         Trusted { revision: revision.0, roots, cross }
     }
 
-    /// What a client that gets its certificate now has to trust, PEM: the previous CA only as long as
-    /// nodes show something of it.
+    /// What a client that gets its certificate now has to trust, PEM. Never the previous CA: the client
+    /// would trust it for good. A node that still shows something of it is not spoken to until it has
+    /// the new one's.
     pub(crate) fn for_clients(&self) -> String {
         match self.rotation {
-            Some(Rotation::Trusting { .. } | Rotation::Renewing(_)) => {
-                self.trusted(Revision(0)).bundle()
+            Some(Rotation::Trusting { .. }) => self.trusted(Revision(0)).bundle(),
+            None | Some(Rotation::Renewing(_) | Rotation::Renewed(_)) => {
+                self.present.certificate_pem.clone()
             }
-            None | Some(Rotation::Renewed(_)) => self.present.certificate_pem.clone(),
         }
+    }
+
+    /// The identifier of the key that signs.
+    pub(crate) fn signer_key_id(&self) -> String {
+        key_id(&self.present.certificate_pem).unwrap_or_default()
     }
 
     /// Whether a rotation waits for the members' word that they trust all of it.
     pub(crate) fn waits_for_trust(&self) -> bool {
         matches!(self.rotation, Some(Rotation::Trusting { .. }))
+    }
+
+    /// Whether all nodes show what the CA signed that signs now, and the one before is still trusted.
+    #[cfg(test)]
+    pub(crate) fn is_renewed(&self) -> bool {
+        matches!(self.rotation, Some(Rotation::Renewed(_)))
     }
 
     /// The CA that signs, and the data folder's sealing key that opened it.

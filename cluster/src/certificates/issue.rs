@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use proto::record::{CertificateRecord, RemovalRecord, RemovalState};
+use proto::record::{CertificateHolder, CertificateRecord, RemovalRecord, RemovalState};
 use proto::v1::RenewRequest;
 use proto::{NodeId, Revision, keys};
 use tonic::Status;
 
-use super::{ATTEMPTS, all, not_signed, recorded};
+use super::{ATTEMPTS, Known, all, not_signed, recorded};
 use crate::authority::{self, CaRecord};
 use crate::consensus::{REMOVED, lead};
 use crate::identity::{Life, check_renewal, request_key_hash};
@@ -18,6 +18,9 @@ use crate::{Consistency, MembershipError, Txn};
 /// How far the clock of a node that renews may be off the leader's, seconds. Also how old a request
 /// may be.
 const CLOCK_MAX_S: u64 = 300;
+
+/// Good certificates that a client's name may have.
+const LIVE_MAX: usize = 256;
 
 /// What the leader knows as it judges a request.
 #[derive(Debug)]
@@ -105,6 +108,8 @@ pub(crate) async fn issue_client(
     csr_pem: &str,
     caller: Option<&str>,
 ) -> Result<(String, CaRecord), MembershipError> {
+    let known = all(node, Consistency::Linearizable).await?;
+    check_number(&known, name, unix_now_s())?;
     for _ in 0..ATTEMPTS {
         let signer = authority::signer(node).await?;
         let mut txn = signer.unchanged(Txn::new());
@@ -127,6 +132,20 @@ pub(crate) async fn issue_client(
     Err(MembershipError::Invalid(why.to_owned()))
 }
 
+/// Refuses a name more certificates than it may have; by a few more where several are made at once.
+fn check_number(known: &[Known], name: &str, now_unix_s: u64) -> Result<(), MembershipError> {
+    let of = CertificateHolder::Client(name.to_owned());
+    let live = known.iter().filter(|Known { record, .. }| {
+        record.holder == of && record.revoked.is_none() && record.expires_unix_s > now_unix_s
+    });
+    if live.count() < LIVE_MAX {
+        return Ok(());
+    }
+    Err(MembershipError::Invalid(format!(
+        "`{name}` has {LIVE_MAX} certificates that are good, as many as a name may have: revoke what nobody uses (`clusterctl cluster cert list`, then `clusterctl cluster cert revoke SERIAL`, or `revoke {name}` for all of them)"
+    )))
+}
+
 /// The revision of the record of a certificate that counts.
 async fn unrevoked(node: &Node, key: &str) -> Result<Revision, MembershipError> {
     if let Some(kv) = node.get(key, Consistency::Linearizable).await?.0 {
@@ -140,7 +159,7 @@ async fn unrevoked(node: &Node, key: &str) -> Result<Revision, MembershipError> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::NOW;
+    use super::super::tests::{NOW, known};
     use super::*;
     use crate::identity::renewal_request;
 
@@ -157,6 +176,23 @@ mod tests {
     fn refusal(request: &RenewRequest, facts: &Facts<'_>) -> (tonic::Code, String) {
         let status = judge(request, facts).expect_err("it was honoured");
         (status.code(), status.message().to_owned())
+    }
+
+    #[test]
+    fn a_name_has_so_many_good_certificates_and_no_more() {
+        let of = |name: &str| known("aa", CertificateHolder::Client(name.to_owned()), NOW);
+        let mut all = vec![of("ann"); LIVE_MAX - 1];
+        all.extend(vec![of("bob"); LIVE_MAX]);
+        check_number(&all, "ann", NOW).unwrap();
+        all.push(of("ann"));
+        let refused = check_number(&all, "ann", NOW).unwrap_err().to_string();
+        assert!(refused.contains("`ann` has 256") && refused.contains("cert revoke"), "{refused}");
+        check_number(&all, "eve", NOW).unwrap();
+        // What is over, or revoked, is none of them.
+        check_number(&all, "ann", NOW + 1200).unwrap();
+        let by = "root".to_owned();
+        all[0].record.revoked = Some(proto::record::Revocation { at_unix_s: NOW, by });
+        check_number(&all, "ann", NOW).unwrap();
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What is shown of certificates, and of their states.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proto::record::{CertificateHolder, CertificateRecord};
 use proto::{NodeId, Revision, v1};
@@ -70,6 +70,21 @@ pub(crate) async fn list(node: &Node) -> Result<Vec<v1::Certificate>, StoreError
     let mut shown = authorities(node, now_unix_s);
     shown.extend(known.iter().map(|one| show(node, one, now_unix_s, &since, &removed)));
     Ok(shown)
+}
+
+/// The clients that a certificate lets in now, as this node has applied the records.
+pub(crate) async fn clients(node: &Node) -> Result<BTreeSet<String>, StoreError> {
+    let (now_unix_s, trusted) = (unix_now_s(), node.trusted());
+    let good =
+        all(node, Consistency::Stale).await?.into_iter().filter_map(|Known { record, .. }| {
+            let good = record.revoked.is_none() && record.expires_unix_s > now_unix_s;
+            let good = good && issuer(&record, &trusted) != Issuer::Dropped;
+            match record.holder {
+                CertificateHolder::Client(name) if good => Some(name),
+                CertificateHolder::Client(_) | CertificateHolder::Node(_) => None,
+            }
+        });
+    Ok(good.collect())
 }
 
 /// The one that signs first.

@@ -31,10 +31,10 @@ use crate::membership::{from_json, to_json, unix_now_s};
 use crate::node::Node;
 use crate::storage::Db;
 use crate::tls::PeerIdentity;
-use crate::{Consistency, StoreError, Txn};
+use crate::{Consistency, KeyValue, StoreError, Txn};
 
 pub(crate) use issue::{issue_client, issue_next};
-pub(crate) use list::{list, shown_own};
+pub(crate) use list::{clients, list, shown_own};
 pub(crate) use revoke::revoke;
 
 /// Records that one transaction forgets.
@@ -188,16 +188,26 @@ pub(crate) async fn note_trouble(
     Ok(())
 }
 
+/// All records. One that cannot be read is left out, and said: it must not keep others from their
+/// certificates. (Its own is refused, see `node/denied.rs`.)
 pub(crate) async fn all(node: &Node, consistency: Consistency) -> Result<Vec<Known>, StoreError> {
     let kvs = node.range(keys::CERTIFICATES, "", 0, consistency, false).await?.kvs;
-    kvs.into_iter()
-        .map(|kv| {
-            let record = from_json(&kv)?;
-            let serial = kv.key[keys::CERTIFICATES.len()..].to_owned();
-            let (created, revision) = (kv.create_revision, kv.mod_revision);
-            Ok(Known { serial, record, created, revision })
-        })
-        .collect()
+    let found = kvs.len();
+    let known: Vec<_> = kvs.into_iter().filter_map(known_of).collect();
+    if known.len() < found {
+        let count = found - known.len();
+        tracing::warn!(
+            count,
+            "records of certificates cannot be read; those certificates are refused"
+        );
+    }
+    Ok(known)
+}
+
+fn known_of(kv: KeyValue) -> Option<Known> {
+    let record = from_json(&kv).ok()?;
+    let serial = kv.key[keys::CERTIFICATES.len()..].to_owned();
+    Some(Known { serial, record, created: kv.create_revision, revision: kv.mod_revision })
 }
 
 /// Removed nodes, and the names that they had.
@@ -274,6 +284,9 @@ pub(crate) async fn forget(node: &Node) -> Result<(), StoreError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod record_tests;
 
 #[cfg(test)]
 mod tests {

@@ -3,17 +3,22 @@
 use std::collections::BTreeSet;
 
 use proto::documents::{Role, roles};
-use proto::record::{AdministrationRecord, CertificateHolder, Revocation};
+use proto::record::{AdministrationRecord, CertificateHolder, CertificateRecord, Revocation};
 use proto::{Name, Revision, keys, v1};
 
 use super::list::show;
-use super::{ATTEMPTS, Known, all, removed, shown_since};
+use super::{Known, all, removed, shown_since};
+use crate::identity::key_id;
 use crate::membership::{to_json, unix_now_s};
 use crate::node::Node;
 use crate::{Consistency, MembershipError, StoreError, Txn};
 
 /// Fewer characters of a serial number could be those of several.
 const SERIAL_MIN: usize = 8;
+/// Certificates that one transaction revokes: far from what one may hold.
+const PART_MAX: usize = 500;
+/// Transactions of one revocation.
+const PARTS_MAX: usize = 64;
 
 /// The certificates that are meant: all of a client, or the one with this serial number.
 fn meant<'a>(known: &'a [Known], wanted: &str) -> Vec<&'a Known> {
@@ -29,13 +34,15 @@ fn meant<'a>(known: &'a [Known], wanted: &str) -> Vec<&'a Known> {
     known.iter().filter(|known| known.record.holder == of).collect()
 }
 
-/// Has a client's certificates, or one by its serial number, count no more, everywhere at once.
+/// Has a client's certificates, or one by its serial number, count no more, everywhere at once. Many
+/// are revoked in parts; afterwards it is looked again, until none is left: one may have been made
+/// meanwhile.
 pub(crate) async fn revoke(
     node: &Node,
     wanted: &str,
     by: &str,
 ) -> Result<Vec<v1::Certificate>, MembershipError> {
-    for _ in 0..ATTEMPTS {
+    for _ in 0..PARTS_MAX {
         let known = all(node, Consistency::Linearizable).await?;
         let (now_unix_s, since) = (unix_now_s(), shown_since(&known));
         // Those that have expired as well: by this node's clock they might only seem to.
@@ -46,26 +53,25 @@ pub(crate) async fn revoke(
         let removed = removed(node).await?;
         let administration = Administration::read(node).await?;
         let touched = administration.without(&known, &chosen, now_unix_s)?;
-        let (mut txn, mut shown) = (Txn::new().by(by), Vec::new());
-        for one in chosen {
-            let mut one = one.clone();
-            check_revocable(node, &one)?;
-            if one.record.revoked.is_none() {
-                let key = keys::certificate(&one.serial);
-                let by = by.to_owned();
-                one.record.revoked = Some(Revocation { at_unix_s: now_unix_s, by });
-                txn = txn.if_revision(key.clone(), one.revision).put(key, to_json(&one.record)?);
-            }
-            shown.push(show(node, &one, now_unix_s, &since, &removed));
+        chosen.iter().try_for_each(|one| check_revocable(node, one))?;
+        let left = chosen.iter().filter(|one| one.record.revoked.is_none()).take(PART_MAX);
+        let mut txn = Txn::new().by(by);
+        for one in left {
+            let revoked = Some(Revocation { at_unix_s: now_unix_s, by: by.to_owned() });
+            let record = CertificateRecord { revoked, ..one.record.clone() };
+            let key = keys::certificate(&one.serial);
+            txn = txn.if_revision(key.clone(), one.revision).put(key, to_json(&record)?);
         }
-        if touched && !txn.is_empty() {
-            txn = administration.compared(txn)?;
+        if txn.is_empty() {
+            let shown = |one: &&Known| show(node, one, now_unix_s, &since, &removed);
+            return Ok(chosen.iter().map(shown).collect());
         }
-        if txn.is_empty() || node.txn(txn).await?.committed() {
-            return Ok(shown);
-        }
+        // Where somebody was faster, it is looked at again as well.
+        node.txn(if touched { administration.compared(txn)? } else { txn }).await?;
     }
-    Err(MembershipError::Invalid("its records are being changed by others; try again".to_owned()))
+    Err(MembershipError::Invalid(format!(
+        "`{wanted}` has certificates left: others change them, or make new ones, all the time; try again"
+    )))
 }
 
 /// Who administers by the documents under `access/`, and the revision of the record that every change
@@ -73,6 +79,8 @@ pub(crate) async fn revoke(
 #[derive(Debug)]
 struct Administration {
     administrators: BTreeSet<Name>,
+    /// The CAs whose certificates let somebody in, by the identifiers of their keys.
+    authorities: BTreeSet<String>,
     revision: Revision,
 }
 
@@ -85,12 +93,13 @@ impl Administration {
         let administrators = roles.into_iter().filter(|(_, role)| *role == Some(Role::Admin));
         Ok(Self {
             administrators: administrators.map(|(name, _)| name).collect(),
+            authorities: node.trusted().roots.iter().filter_map(|ca| key_id(ca)).collect(),
             revision: record.map_or(Revision(0), |kv| kv.mod_revision),
         })
     }
 
     /// Whether one of them loses a certificate. An error where the last that they have would go; what
-    /// is over, by this node's clock, lets nobody in.
+    /// is over, by this node's clock, or of a CA that was dropped lets nobody in.
     fn without(
         &self,
         known: &[Known],
@@ -107,6 +116,7 @@ impl Administration {
             let record = &of.record;
             record.revoked.is_none()
                 && record.expires_unix_s > now_unix_s
+                && self.authorities.contains(&record.authority)
                 && administrator(of).is_some()
         };
         let goes = |of: &Known| chosen.iter().any(|chosen| chosen.serial == of.serial);
@@ -153,6 +163,10 @@ mod tests {
         let of = |serial: &str, name: &str, issued: u64| {
             known(serial, CertificateHolder::Client(name.to_owned()), issued)
         };
+        let dropped = |mut one: Known| {
+            one.record.authority = "dropped".to_owned();
+            one
+        };
         // All end 1200 s after their issue.
         let all = [
             of("a1", "ann", NOW),
@@ -160,11 +174,14 @@ mod tests {
             of("b1", "bob", NOW),
             of("b0", "bob", NOW - 5000),
             of("e1", "eve", NOW),
+            // Of a CA that was dropped.
+            dropped(of("z1", "zeb", NOW)),
         ];
         let judged = |administrators: &[&str], goes: &[usize]| {
             let administrators = administrators.iter().map(|name| name.parse().unwrap()).collect();
             let chosen: Vec<&Known> = goes.iter().map(|index| &all[*index]).collect();
-            let administration = Administration { administrators, revision: Revision(0) };
+            let (authorities, revision) = ([String::new()].into(), Revision(0));
+            let administration = Administration { administrators, authorities, revision };
             administration.without(&all, &chosen, NOW).map_err(|error| error.to_string())
         };
         // Without documents nobody is one, and a viewer's goes as it likes.
@@ -179,6 +196,8 @@ mod tests {
         // Who never had a certificate is no help, and what is over is no loss.
         assert!(judged(&["ann", "zoe"], &[0, 1]).is_err());
         assert_eq!(judged(&["bob"], &[3]), Ok(false));
+        assert!(judged(&["ann", "zeb"], &[0, 1]).is_err(), "zeb cannot come in");
+        assert_eq!(judged(&["zeb"], &[5]), Ok(false));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::snapshot::SnapshotFile;
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::certificates;
 use crate::host::blocking;
-use crate::machine::{Reply, TxnCommand};
+use crate::machine::{Judged, Reply};
 use crate::membership::check_described;
 use crate::node::Node;
 use crate::storage::Db;
@@ -32,7 +32,7 @@ pub(crate) enum Forward {
     /// Nothing: is this node still known?
     Hello,
     /// Propose a transaction.
-    Txn(TxnCommand),
+    Txn(Judged),
     /// Confirm leadership with a quorum, then say which log index a read must have applied.
     ReadIndex,
     /// Take a node in as a learner.
@@ -52,7 +52,7 @@ pub(crate) enum Forward {
     /// What came of that on the member that is asked, leader or not.
     Checked { index: u64 },
     /// Propose transactions, each for itself.
-    Txns(Vec<TxnCommand>),
+    Txns(Vec<Judged>),
 }
 
 /// What the leader answers.
@@ -110,6 +110,17 @@ impl RaftService {
     fn admit<T>(&self, request: &Request<T>) -> Result<NodeId, Status> {
         self.node.admit(request)?;
         require_node(request)
+    }
+
+    /// The leader, which knows all members, does nothing for who is none, whatever it shows. (What
+    /// Raft's own messages come from is not asked: a copy that is behind does not know the member yet
+    /// that is to bring it up to date.)
+    fn member(&self, from: NodeId) -> Result<(), Status> {
+        if !self.node.leads() || self.node.is_member(from) {
+            return Ok(());
+        }
+        // One that joins may be a moment early.
+        Err(Status::permission_denied(format!("node {from} is no member of this cluster (yet)")))
     }
 
     /// Entries from a leader. Those that cannot be read are not taken, and this member stays behind.
@@ -286,6 +297,7 @@ impl RaftApi for RaftService {
     ) -> Result<Response<RaftMessage>, Status> {
         let from = self.admit(&request)?;
         let asked = from_message(request.get_ref())?;
+        self.member(from)?;
         if let Forward::Describe { id, node } = &asked {
             if *id != from.0 {
                 return Err(Status::permission_denied("a node describes itself only"));
@@ -303,6 +315,7 @@ impl RaftApi for RaftService {
         request: Request<RenewRequest>,
     ) -> Result<Response<RenewResponse>, Status> {
         let from = self.admit(&request)?;
+        self.member(from)?;
         let request = request.into_inner();
         if request.node_id != from.0 {
             return Err(Status::permission_denied(format!(

@@ -13,6 +13,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 use super::names;
 
@@ -41,11 +42,12 @@ impl Life {
     }
 }
 
-/// The CA's key and certificate. Kept only sealed ([`super::SealedCa`]).
+/// The CA's key and certificate. Kept only sealed ([`super::SealedCa`]); the clear key is wiped from
+/// memory after its use.
 #[derive(Clone)]
 pub(crate) struct Ca {
     /// PKCS #8.
-    pub(super) key_der: Vec<u8>,
+    pub(super) key_der: Zeroizing<Vec<u8>>,
     /// Certificate, PEM.
     pub(crate) certificate_pem: String,
 }
@@ -91,7 +93,8 @@ impl Ca {
         // It certifies its successor (`cross_sign`), and nothing else that signs.
         let params = authority(&name, 1)?;
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-        Ok(Self { key_der: issuer.key().serialize_der(), certificate_pem: issuer.pem() })
+        let key_der = Zeroizing::new(issuer.key().serialize_der());
+        Ok(Self { key_der, certificate_pem: issuer.pem() })
     }
 
     /// Certifies another CA's key: whoever trusts this CA alone can verify what that one signs.

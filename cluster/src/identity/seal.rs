@@ -14,6 +14,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use super::Ca;
 use super::files::write_private;
@@ -26,9 +27,9 @@ const FILE_MAX: u64 = 1024;
 /// Others than the owner can do something with a file.
 const OTHERS: u32 = 0o077;
 
-/// The key that seals the CA's key: the same on all members.
+/// The key that seals the CA's key: the same on all members. Wiped from memory after its use.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct SealingKey([u8; KEY_LEN]);
+pub(crate) struct SealingKey(Zeroizing<[u8; KEY_LEN]>);
 
 impl std::fmt::Debug for SealingKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -65,18 +66,18 @@ pub(crate) enum SealError {
 impl SealingKey {
     /// A new one.
     pub(crate) fn make() -> Result<Self, getrandom::Error> {
-        let mut key = [0; KEY_LEN];
-        getrandom::fill(&mut key)?;
+        let mut key = Zeroizing::new([0; KEY_LEN]);
+        getrandom::fill(key.as_mut_slice())?;
         Ok(Self(key))
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        bytes.try_into().ok().map(Self)
+        bytes.try_into().ok().map(Zeroizing::new).map(Self)
     }
 
     /// For a node that joins, over TLS.
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.0
+        self.0.as_slice()
     }
 
     /// Reads a data folder's.
@@ -89,22 +90,23 @@ impl SealingKey {
         if mode & OTHERS != 0 || owner != nix::unistd::geteuid().as_raw() {
             return Err(SealError::Exposed { path, owner, mode });
         }
-        let mut text = Vec::new();
+        let mut text = Zeroizing::new(Vec::new());
         file.take(FILE_MAX).read_to_end(&mut text).map_err(unreadable)?;
-        let key = STANDARD.decode(text.trim_ascii()).ok().and_then(|key| Self::from_bytes(&key));
+        let key = STANDARD.decode(text.trim_ascii()).ok().map(Zeroizing::new);
+        let key = key.and_then(|key| Self::from_bytes(&key));
         key.ok_or(SealError::Damaged(path))
     }
 
     /// Writes it so that it is there wholly or not at all, for the owner alone.
     pub(crate) fn store(&self, folder: &Path) -> io::Result<()> {
-        write_private(
-            &folder.join(SEALING_KEY),
-            format!("{}\n", STANDARD.encode(self.0)).as_bytes(),
-        )
+        let mut text = Zeroizing::new(STANDARD.encode(self.bytes()));
+        text.push('\n');
+        write_private(&folder.join(SEALING_KEY), text.as_bytes())
     }
 
     fn cipher(&self) -> Result<LessSafeKey, SealError> {
-        let key = UnboundKey::new(&CHACHA20_POLY1305, &self.0).map_err(|_| SealError::Cipher)?;
+        let key =
+            UnboundKey::new(&CHACHA20_POLY1305, self.bytes()).map_err(|_| SealError::Cipher)?;
         Ok(LessSafeKey::new(key))
     }
 }
@@ -135,12 +137,15 @@ impl SealedCa {
         let mut nonce = [0; NONCE_LEN];
         getrandom::fill(&mut nonce).map_err(|_| SealError::Cipher)?;
         let bound = bound_to(cluster_id, path, &ca.certificate_pem);
-        let mut sealed = ca.key_der.clone();
+        // Encrypted where it is: room for the tag, so that the clear key is not left behind elsewhere.
+        let mut sealed =
+            Zeroizing::new(Vec::with_capacity(ca.key_der.len() + CHACHA20_POLY1305.tag_len()));
+        sealed.extend_from_slice(&ca.key_der);
         key.cipher()?
             .seal_in_place_append_tag(
                 Nonce::assume_unique_for_key(nonce),
                 Aad::from(bound),
-                &mut sealed,
+                &mut *sealed,
             )
             .map_err(|_| SealError::Cipher)?;
         let sealed_key = STANDARD.encode([&nonce, sealed.as_slice()].concat());
@@ -157,12 +162,13 @@ impl SealedCa {
         let sealed = STANDARD.decode(&self.sealed_key).map_err(|_| SealError::Refused)?;
         let (nonce, sealed) = sealed.split_first_chunk::<NONCE_LEN>().ok_or(SealError::Refused)?;
         let bound = bound_to(cluster_id, path, &self.certificate_pem);
-        let mut sealed = sealed.to_vec();
+        let mut sealed = Zeroizing::new(sealed.to_vec());
         let clear = key
             .cipher()?
             .open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::from(bound), &mut sealed)
             .map_err(|_| SealError::Refused)?;
-        Ok(Ca { key_der: clear.to_vec(), certificate_pem: self.certificate_pem.clone() })
+        let key_der = Zeroizing::new(clear.to_vec());
+        Ok(Ca { key_der, certificate_pem: self.certificate_pem.clone() })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::command::{Command, ConflictKv, KeyWrite, Reply, TxnCommand};
+use super::command::{Command, ConflictKv, Judged, KeyWrite, Reply, TxnCommand};
 use super::dedup::{self, Known};
 use super::{
     Gone, Overlay, Place, Read, Record, Replaced, Table, Version, VersionHead, compact, decode,
@@ -19,7 +19,8 @@ pub(crate) fn apply<R: Read>(
     command: &Command,
 ) -> io::Result<Reply> {
     match command {
-        Command::Txn(txn) => apply_txn(state, index, txn),
+        Command::Txn(txn) => apply_txn(state, index, txn, &[]),
+        Command::Judged(Judged { txn, rests_on }) => apply_txn(state, index, txn, rests_on),
         Command::Limit(limits) => {
             usage::set_limits(state, *limits)?;
             Ok(Reply::None)
@@ -36,20 +37,21 @@ fn apply_txn<R: Read>(
     state: &mut Overlay<'_, R>,
     index: u64,
     txn: &TxnCommand,
+    rests_on: &[(String, u64)],
 ) -> io::Result<Reply> {
     if txn.client.is_empty() {
-        return execute(state, txn);
+        return execute(state, txn, rests_on);
     }
     match dedup::look_up(state, &txn.client, txn.sequence)? {
         Known::Answered(Some(revision)) => Ok(Reply::Committed { revision }),
         Known::Answered(None) => {
             // It was refused then; what conflicts may look different now.
-            let conflicts = failed_compares(state, txn)?;
+            let conflicts = failed_compares(state, &txn.compares)?;
             Ok(Reply::Conflict { revision: revision(state)?, conflicts: present(conflicts) })
         }
         Known::Forgotten => Ok(Reply::Forgotten),
         Known::New => {
-            let reply = execute(state, txn)?;
+            let reply = execute(state, txn, rests_on)?;
             let outcome = match &reply {
                 Reply::Committed { revision } => Some(*revision),
                 Reply::Conflict { .. } => None,
@@ -58,6 +60,7 @@ fn apply_txn<R: Read>(
                 | Reply::Forgotten
                 | Reply::Full(_)
                 | Reply::Oversized(_)
+                | Reply::Overtaken
                 | Reply::CheckAt { .. } => return Ok(reply),
             };
             dedup::remember(state, index, &txn.client, txn.sequence, outcome)?;
@@ -66,8 +69,15 @@ fn apply_txn<R: Read>(
     }
 }
 
-fn execute<R: Read>(state: &mut Overlay<'_, R>, txn: &TxnCommand) -> io::Result<Reply> {
-    let failed = failed_compares(state, txn)?;
+fn execute<R: Read>(
+    state: &mut Overlay<'_, R>,
+    txn: &TxnCommand,
+    rests_on: &[(String, u64)],
+) -> io::Result<Reply> {
+    if !failed_compares(state, rests_on)?.is_empty() {
+        return Ok(Reply::Overtaken);
+    }
+    let failed = failed_compares(state, &txn.compares)?;
     let last = revision(state)?;
     if !failed.is_empty() {
         return Ok(Reply::Conflict { revision: last, conflicts: present(failed) });
@@ -148,10 +158,10 @@ fn record(read: &impl Read, key: &str) -> io::Result<Option<Record>> {
 /// The keys whose compare does not hold, with their present state.
 fn failed_compares(
     read: &impl Read,
-    txn: &TxnCommand,
+    compares: &[(String, u64)],
 ) -> io::Result<Vec<(String, Option<Record>)>> {
     let mut failed = Vec::new();
-    for (key, wanted) in &txn.compares {
+    for (key, wanted) in compares {
         let record = record(read, key)?;
         if record.as_ref().map_or(0, |record| record.mod_revision) != *wanted {
             failed.push((key.clone(), record));

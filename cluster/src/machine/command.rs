@@ -1,6 +1,7 @@
 //! What goes into the log, and what comes out of applying it. These types are on disk and on the
 //! wire (postcard): variants and fields are only ever added at the end.
 
+use proto::Revision;
 use serde::{Deserialize, Serialize};
 
 use super::{DataLimits, Full, Lane, Oversized};
@@ -37,13 +38,31 @@ pub(crate) enum Command {
     Limit(DataLimits),
     /// Changes nothing: each member computes a checksum of its state as it is after this entry.
     Check,
+    /// As `Txn`, where what its permission rests on is still as it was.
+    Judged(Judged),
+}
+
+/// A transaction with what it was let through by. Whoever judged it may have known less than all:
+/// here, in the log's own order, it shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Judged {
+    pub(crate) txn: TxnCommand,
+    /// Key and mod_revision (0: absent), as they were judged by; empty: nobody judged.
+    pub(crate) rests_on: Vec<(String, u64)>,
+}
+
+impl Judged {
+    /// As it is logged.
+    pub(crate) fn command(self) -> Command {
+        if self.rests_on.is_empty() { Command::Txn(self.txn) } else { Command::Judged(self) }
+    }
 }
 
 impl Command {
     /// What it carries, bytes.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Txn(txn) => txn.bytes(),
+            Self::Txn(txn) | Self::Judged(Judged { txn, .. }) => txn.bytes(),
             Self::Compact { .. } | Self::Limit(_) | Self::Check => 0,
         }
     }
@@ -105,6 +124,8 @@ pub(crate) enum Reply {
     CheckAt { index: u64, revision: u64 },
     /// A file is larger than one may be; nothing was written.
     Oversized(Oversized),
+    /// What its permission rests on has changed; nothing was written.
+    Overtaken,
 }
 
 /// A key's state in a [`Reply`].
@@ -120,7 +141,7 @@ pub(crate) struct ConflictKv {
 impl std::fmt::Display for Command {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Txn(txn) => write!(
+            Self::Txn(txn) | Self::Judged(Judged { txn, .. }) => write!(
                 f,
                 "txn {}/{} ({} compares, {} writes)",
                 txn.client,
@@ -146,8 +167,20 @@ impl std::fmt::Display for Reply {
             Self::Forgotten => f.write_str("forgotten"),
             Self::Full(full) => write!(f, "full: {:?}", full.share),
             Self::Oversized(found) => write!(f, "oversized: {}", found.key),
+            Self::Overtaken => f.write_str("overtaken"),
             Self::CheckAt { index, revision } => write!(f, "check at {index}, revision {revision}"),
         }
+    }
+}
+
+fn numbers(revisions: Vec<(String, Revision)>) -> Vec<(String, u64)> {
+    revisions.into_iter().map(|(key, revision)| (key, revision.0)).collect()
+}
+
+impl From<Txn> for Judged {
+    fn from(mut txn: Txn) -> Self {
+        let rests_on = numbers(std::mem::take(&mut txn.rests_on));
+        Self { txn: txn.into(), rests_on }
     }
 }
 
@@ -155,7 +188,7 @@ impl From<Txn> for TxnCommand {
     fn from(txn: Txn) -> Self {
         let (client, sequence) = txn.dedup.unwrap_or_default();
         Self {
-            compares: txn.compares.into_iter().map(|(key, revision)| (key, revision.0)).collect(),
+            compares: numbers(txn.compares),
             writes: txn
                 .writes
                 .into_iter()

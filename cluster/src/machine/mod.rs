@@ -30,7 +30,7 @@ mod rows;
 mod usage;
 
 #[cfg(test)]
-pub(crate) use command::KeyWrite;
+pub(crate) use command::{KeyWrite, TxnCommand};
 
 #[cfg(test)]
 mod history_tests;
@@ -40,7 +40,7 @@ mod limit_tests;
 mod model_tests;
 
 pub(crate) use apply::apply;
-pub(crate) use command::{Command, Reply, TxnCommand, Unfit, VALUE_MAX, valid_key, validate};
+pub(crate) use command::{Command, Judged, Reply, Unfit, VALUE_MAX, valid_key, validate};
 pub(crate) use compact::{floor, unswept};
 use gone::Gone;
 pub(crate) use history::{

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::command::KeyWrite;
 use super::{
-    Changes, Command, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode, revision,
+    Changes, Command, Judged, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode,
+    revision,
 };
 
 /// Created, modified, value, by key.
@@ -163,10 +164,38 @@ proptest! {
 }
 
 fn put(client: &str, sequence: u64) -> Command {
+    Command::Txn(named(client, sequence))
+}
+
+fn named(client: &str, sequence: u64) -> TxnCommand {
     let value = Some(sequence.to_le_bytes().to_vec());
     let writes = vec![KeyWrite { key: "k".to_owned(), value }];
     let (client, author) = (client.to_owned(), "ann".to_owned());
-    Command::Txn(TxnCommand { compares: Vec::new(), writes, client, sequence, author, at_ms: 0 })
+    TxnCommand { compares: Vec::new(), writes, client, sequence, author, at_ms: 0 }
+}
+
+#[test]
+fn what_was_let_through_by_something_older_is_not_done_and_not_remembered() -> io::Result<()> {
+    let mut rows = Rows::default();
+    let judged = |revision| {
+        let rests_on = vec![("status/roles".to_owned(), revision)];
+        Command::Judged(Judged { txn: named("ann", 1), rests_on })
+    };
+    let roles = || {
+        let write = KeyWrite { key: "status/roles".to_owned(), value: Some(b"x".to_vec()) };
+        Command::Txn(TxnCommand { writes: vec![write], ..named("", 0) })
+    };
+    assert_eq!(rows.apply(1, &roles())?, Reply::Committed { revision: 1 });
+    for (index, old) in [(2, 0), (3, 7)] {
+        assert_eq!(rows.apply(index, &judged(old))?, Reply::Overtaken);
+        assert_eq!(revision(&rows)?, 1);
+    }
+    // Judged anew, under the same name.
+    assert_eq!(rows.apply(4, &judged(1))?, Reply::Committed { revision: 2 });
+    // A repetition is answered, whatever has changed since.
+    assert_eq!(rows.apply(5, &roles())?, Reply::Committed { revision: 3 });
+    assert_eq!(rows.apply(6, &judged(1))?, Reply::Committed { revision: 2 });
+    Ok(())
 }
 
 #[test]

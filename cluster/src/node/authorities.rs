@@ -85,6 +85,8 @@ impl Node {
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("they cannot be kept: {error}"))?;
+        // Before what is trusted: of the CA before, what is recorded counts.
+        self.refresh_denied();
         self.credentials.trust(&trusted).map_err(|error| error.to_string())?;
         self.trust.recheck();
         tracing::info!(roots, signer = %trusted.signer_fingerprint(), "this node trusts other CAs");

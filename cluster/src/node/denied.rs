@@ -11,9 +11,10 @@ use tonic::{Request, Status};
 
 use super::Node;
 use super::read::removed;
+use crate::consensus::lead::look;
 use crate::machine::{Record, Table, decode, prefix_end};
 use crate::storage::{Db, View};
-use crate::tls::{self, Denied};
+use crate::tls::{self, Denied, Recorded};
 
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -30,12 +31,16 @@ pub(super) fn denied(db: &Db) -> std::io::Result<Denied> {
             }
         })?;
         each(view, keys::CERTIFICATES, |serial, row| {
-            let Ok(row) = decode::<Record>(row) else { return };
-            let Ok(record) = serde_json::from_slice::<CertificateRecord>(&row.value) else {
-                return;
-            };
-            if record.revoked.is_some() {
-                denied.serials.insert(serial.to_owned());
+            let record = decode::<Record>(row).ok();
+            let record = record.and_then(|row| serde_json::from_slice(&row.value).ok());
+            match record {
+                Some(CertificateRecord { revoked: None, holder, key_hash, .. }) => {
+                    denied.recorded.insert(serial.to_owned(), Recorded { holder, key_hash });
+                }
+                // What cannot be read may say that it was revoked.
+                Some(_) | None => {
+                    denied.serials.insert(serial.to_owned());
+                }
             }
         })?;
         Ok(denied)
@@ -74,7 +79,7 @@ pub(super) async fn follow(node: Arc<Node>) {
 }
 
 impl Node {
-    fn refresh_denied(&self) {
+    pub(super) fn refresh_denied(&self) {
         match denied(&self.db) {
             Ok(denied) => self.trust.deny(denied),
             Err(error) => {
@@ -90,12 +95,26 @@ impl Node {
             return Ok(());
         };
         // The state itself is asked for nodes: the list is a moment behind it.
-        let gone = matches!(info.peer, tls::PeerIdentity::Node(id) if self.was_removed(id));
-        let refusal = if gone {
-            Some(tls::Refusal::Removed)
-        } else {
-            self.trust.judge(&info.peer, &info.serial)
+        let refusal = match info.peer {
+            tls::PeerIdentity::Node(id) => self.gone(id),
+            tls::PeerIdentity::Client(_) | tls::PeerIdentity::LocalRoot => None,
         };
+        let refusal = refusal.or_else(|| self.trust.judge(&info.peer, &info.serial));
         refusal.map_or(Ok(()), |refusal| Err(Status::permission_denied(refusal.words())))
+    }
+
+    /// Why a node is let in no more. One whose removal was interrupted after it was taken out of Raft
+    /// is not told that it was removed: it would end for good, by the word of a copy that may be
+    /// behind.
+    fn gone(&self, id: NodeId) -> Option<tls::Refusal> {
+        if self.was_removed(id) {
+            return Some(tls::Refusal::Removed);
+        }
+        (self.is_leaving(id) && !self.is_member(id)).then_some(tls::Refusal::Leaving)
+    }
+
+    /// Whether Raft's configuration lists a node.
+    pub(crate) fn is_member(&self, id: NodeId) -> bool {
+        look(&self.raft, |now| now.membership_config.membership().get_node(&id.0).is_some())
     }
 }

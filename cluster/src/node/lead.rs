@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::Node;
 use crate::StoreError;
 use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
-use crate::machine::{Command, Reply};
+use crate::machine::{Command, Judged, Reply};
 
 /// How long a member that is not known to lead may take to say who does.
 const ELSEWHERE: Duration = Duration::from_millis(500);
@@ -40,11 +40,11 @@ impl Node {
         match asked {
             Forward::Hello => Forwarded::Done,
             Forward::Txn(txn) => {
-                let answers = self.proposals.propose(vec![Command::Txn(txn)], limit).await;
+                let answers = self.proposals.propose(vec![txn.command()], limit).await;
                 answers.into_iter().next().unwrap_or(Forwarded::Unavailable(String::new()))
             }
             Forward::Txns(txns) => {
-                let commands = txns.into_iter().map(Command::Txn).collect();
+                let commands = txns.into_iter().map(Judged::command).collect();
                 Forwarded::Each(self.proposals.propose(commands, limit).await)
             }
             Forward::ReadIndex => lead::read_index(&self.raft, limit).await,

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use crate::consensus::{Forward, Forwarded};
-use crate::machine::{TxnCommand, VALUE_MAX};
+use crate::machine::{Judged, VALUE_MAX};
 
 /// Messages that are on their way at once: one is answered while the next one fills.
 const AT_ONCE: usize = 2;
@@ -31,7 +31,7 @@ pub(super) struct PassOn {
 #[derive(Debug)]
 pub(super) struct Waiting {
     leader: u64,
-    txn: TxnCommand,
+    txn: Judged,
     until: Instant,
     answer: oneshot::Sender<Forwarded>,
 }
@@ -44,7 +44,7 @@ pub(super) fn queue() -> (PassOn, mpsc::UnboundedReceiver<Waiting>) {
 
 impl PassOn {
     /// The leader's answer to a transaction.
-    pub(super) async fn ask(&self, leader: u64, txn: TxnCommand, limit: Duration) -> Forwarded {
+    pub(super) async fn ask(&self, leader: u64, txn: Judged, limit: Duration) -> Forwarded {
         let until = Instant::now() + limit;
         let (answer, answered) = oneshot::channel();
         if self.queue.send(Waiting { leader, txn, until, answer }).is_err() {
@@ -95,8 +95,8 @@ fn messages(waiting: Vec<Waiting>) -> Vec<Vec<Waiting>> {
     full
 }
 
-/// A compare that fails is answered with the key's value.
-fn weight_of(txn: &TxnCommand) -> usize {
+/// A compare that fails is answered with the key's value; what it rests on is not.
+fn weight_of(Judged { txn, .. }: &Judged) -> usize {
     txn.bytes() + txn.compares.len() * VALUE_MAX + OTHER
 }
 
@@ -133,17 +133,18 @@ async fn send(node: &Node, message: Vec<Waiting>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{KeyWrite, VALUE_MAX};
+    use crate::machine::{KeyWrite, TxnCommand, VALUE_MAX};
 
-    fn txn(bytes: usize, compares: usize) -> TxnCommand {
-        TxnCommand {
+    fn txn(bytes: usize, compares: usize) -> Judged {
+        let txn = TxnCommand {
             compares: (0..compares).map(|n| (format!("key/{n}"), 1)).collect(),
             writes: vec![KeyWrite { key: String::new(), value: Some(vec![0; bytes]) }],
             client: String::new(),
             sequence: 0,
             author: String::new(),
             at_ms: 0,
-        }
+        };
+        Judged { txn, rests_on: vec![("status/administration".to_owned(), 7)] }
     }
 
     #[test]

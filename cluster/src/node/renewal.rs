@@ -20,6 +20,7 @@ use std::time::Duration;
 use proto::NodeId;
 use proto::v1::RenewRequest;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::Node;
 use super::denied::denied;
@@ -235,6 +236,15 @@ impl Node {
     /// Whether a certificate is of another CA than the one that signs now.
     fn is_outdated(&self, shown: &Certificate) -> bool {
         shown.authority != self.trusted().signer_key_id()
+    }
+
+    /// Waits until this node shows a certificate of a CA (its key's identifier), as long as that takes
+    /// at most: whoever is told to trust that one alone can speak to this node then.
+    pub(crate) async fn shows(&self, authority: &str) {
+        let deadline = self.deadline();
+        while self.certificate().authority != authority && Instant::now() < deadline {
+            tokio::time::sleep(LOOK_MIN).await;
+        }
     }
 
     /// Has the records say which certificate this node shows.

@@ -8,7 +8,7 @@ use proto::Revision;
 
 use super::Node;
 use crate::consensus::{Forward, Forwarded};
-use crate::machine::{Full, Oversized, Reply, Share, TxnCommand, Unfit, validate};
+use crate::machine::{Full, Judged, Oversized, Reply, Share, Unfit, validate};
 use crate::{KeyValue, StoreError, Txn, TxnOutcome};
 
 /// Milliseconds since 1970 by this machine's clock.
@@ -41,7 +41,7 @@ fn too_large(found: Oversized) -> StoreError {
 impl Node {
     /// Commits a transaction, on any key.
     pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
-        let mut command = TxnCommand::from(txn);
+        let Judged { txn: mut command, rests_on } = Judged::from(txn);
         if command.author.is_empty() {
             command.author = format!("node {}", *self.label.borrow());
         }
@@ -55,7 +55,8 @@ impl Node {
             command.sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         }
         let (client, sequence) = (command.client.clone(), command.sequence);
-        match self.ask_leader(Forward::Txn(command), self.deadline()).await? {
+        let asked = Forward::Txn(Judged { txn: command, rests_on });
+        match self.ask_leader(asked, self.deadline()).await? {
             Forwarded::Reply(Reply::Committed { revision }) => {
                 Ok(TxnOutcome::Committed { revision: Revision(revision) })
             }
@@ -74,6 +75,9 @@ impl Node {
             Forwarded::Reply(Reply::Forgotten) => Err(StoreError::Forgotten { client, sequence }),
             Forwarded::Reply(Reply::Full(full)) => Err(no_space(full)),
             Forwarded::Reply(Reply::Oversized(found)) => Err(too_large(found)),
+            // Also where an earlier attempt may be in the log still: it rests on the same, which never
+            // comes back.
+            Forwarded::Reply(Reply::Overtaken) => Err(StoreError::Overtaken),
             Forwarded::DiskFull { folder, free_bytes } => {
                 Err(StoreError::DiskFull { path: PathBuf::from(folder), free_bytes })
             }

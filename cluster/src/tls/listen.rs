@@ -155,8 +155,8 @@ async fn handshake(
     let certificate = Certificate::from_der(der).ok_or_else(nobody)?;
     let info = ConnectInfo { peer, serial: certificate.serial.as_str().into(), remote };
     let (open, refusal) = trust.enter(certificate, chain);
-    if refusal == Some(Refusal::Untrusted) {
-        return Err(denied(Refusal::Untrusted.words().to_owned()));
+    if let Some(refusal @ (Refusal::Untrusted | Refusal::Unrecorded)) = refusal {
+        return Err(denied(refusal.words().to_owned()));
     }
     if let Some(refusal) = refusal {
         // Each of its requests is answered with the reason, and nothing else.

@@ -13,7 +13,9 @@ pub use listen::TlsConnection;
 pub(crate) use listen::{Admit, incoming};
 pub use peer::{PeerIdentity, client_serial, peer, peer_of, require_any, require_node};
 pub(crate) use roots::Roots;
-pub(crate) use trust::{Denied, Guarded, Refusal, Trust};
+#[cfg(test)]
+pub(crate) use trust::Open;
+pub(crate) use trust::{Denied, Guarded, Recorded, Refusal, Trust};
 
 /// What a service learns about the connection a request came in on (a request extension, as
 /// `Option<ConnectInfo>`; see [`peer`]).

@@ -25,23 +25,33 @@ pub(crate) struct Roots {
 struct Verifiers {
     client: Arc<dyn ClientCertVerifier>,
     server: Arc<WebPkiServerVerifier>,
+    /// By the CA that signs alone; while the one before is trusted as well.
+    signer: Option<Arc<dyn ClientCertVerifier>>,
+}
+
+fn store<'a>(pems: impl IntoIterator<Item = &'a String>) -> Result<Arc<RootCertStore>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for pem in pems {
+        let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(TlsError::of)?;
+        roots.add(der).map_err(TlsError::of)?;
+    }
+    Ok(Arc::new(roots))
+}
+
+fn of_clients(roots: Arc<RootCertStore>) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    WebPkiClientVerifier::builder_with_provider(roots, provider()).build().map_err(TlsError::of)
 }
 
 impl Verifiers {
     fn of(trusted: &Trusted) -> Result<Self, TlsError> {
-        let mut roots = RootCertStore::empty();
-        for pem in &trusted.roots {
-            let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(TlsError::of)?;
-            roots.add(der).map_err(TlsError::of)?;
-        }
-        let roots = Arc::new(roots);
-        let client = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
-            .build()
-            .map_err(TlsError::of)?;
+        let roots = store(&trusted.roots)?;
+        let client = of_clients(roots.clone())?;
+        // Where the present one is certified by another one, that one has signed before.
+        let signer = trusted.cross.as_ref().map(|_| of_clients(store(trusted.roots.first())?));
         let server = WebPkiServerVerifier::builder_with_provider(roots, provider())
             .build()
             .map_err(TlsError::of)?;
-        Ok(Self { client, server })
+        Ok(Self { client, server, signer: signer.transpose()? })
     }
 }
 
@@ -60,11 +70,27 @@ impl Roots {
     /// Whether a chain (the certificate itself first) leads to one of them. Asked for the time at
     /// which it was issued: whether it is over is another question.
     pub(crate) fn issued(&self, chain: &[CertificateDer<'_>], at_unix_s: u64) -> bool {
-        let Some((own, rest)) = chain.split_first() else { return false };
-        let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(at_unix_s));
-        // Nodes' certificates are good for clients as well.
-        self.present.load().client.verify_client_cert(own, rest, at).is_ok()
+        verifies(self.present.load().client.as_ref(), chain, at_unix_s)
     }
+
+    /// Whether it leads to the CA before alone, which signs no more. What the certificate says of its
+    /// CA proves nothing: whoever has that key writes there what it likes.
+    pub(crate) fn issued_before(&self, chain: &[CertificateDer<'_>], at_unix_s: u64) -> bool {
+        let present = self.present.load();
+        let signer = present.signer.as_ref();
+        signer.is_some_and(|signer| !verifies(signer.as_ref(), chain, at_unix_s))
+    }
+}
+
+fn verifies(
+    verifier: &dyn ClientCertVerifier,
+    chain: &[CertificateDer<'_>],
+    at_unix_s: u64,
+) -> bool {
+    let Some((own, rest)) = chain.split_first() else { return false };
+    let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(at_unix_s));
+    // Nodes' certificates are good for clients as well.
+    verifier.verify_client_cert(own, rest, at).is_ok()
 }
 
 impl ClientCertVerifier for Roots {
@@ -182,6 +208,14 @@ mod tests {
             roots.verify_server_cert(&of_new, &along, &name, &[], at).is_ok()
         };
         assert!(verify(NOW) && !verify(NOW + 3601));
+
+        // While both are trusted, it is known of which one something is.
+        assert!(!roots.issued_before(&shown(&of_old), NOW), "no other one signs yet");
+        let both = vec![new.certificate_pem.clone(), old.certificate_pem.clone()];
+        let cross_pem = Some(old.cross_sign(&new)?);
+        roots.replace(&Trusted { revision: 2, roots: both, cross: cross_pem })?;
+        assert!(roots.issued(&shown(&of_old), NOW) && roots.issued_before(&shown(&of_old), NOW));
+        assert!(roots.issued(&shown(&of_new), NOW) && !roots.issued_before(&shown(&of_new), NOW));
 
         roots.replace(&Trusted::only(&new.certificate_pem))?;
         assert!(!roots.issued(&shown(&of_old), NOW), "it was dropped");

@@ -8,7 +8,7 @@
 //! Invariant: a connection is entered before it is judged, and a new list (or the CAs that are trusted
 //! now) is stored before the connections are looked through; so none slips between the two.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +18,7 @@ use std::task::{Context, Poll};
 use arc_swap::ArcSwap;
 use futures::task::AtomicWaker;
 use proto::NodeId;
+use proto::record::CertificateHolder;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -34,6 +35,10 @@ pub(crate) enum Refusal {
     Revoked,
     /// Its CA is not trusted any more.
     Untrusted,
+    /// It is of the CA before, and the cluster has no record of it: who has that CA's key signed it.
+    Unrecorded,
+    /// Its node is none any more, and the removal is not finished yet.
+    Leaving,
 }
 
 impl Refusal {
@@ -44,10 +49,35 @@ impl Refusal {
             Self::Revoked => {
                 "this certificate was revoked (see `clusterctl cluster cert list`); get a new one from an administrator"
             }
+            Self::Unrecorded => {
+                "the cluster has no record of this certificate, and its CA signs no more; a node that signed it itself is removed and joins again"
+            }
+            Self::Leaving => {
+                "this node is being removed from the cluster: it is no member any more; remove it once more from another node (`clusterctl cluster remove NODE`) to finish that"
+            }
             Self::Untrusted => {
                 "the CA that signed this certificate was replaced; get a new one from an administrator"
             }
         }
+    }
+}
+
+/// Whose a recorded certificate is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Recorded {
+    pub(crate) holder: CertificateHolder,
+    /// SHA-256 of its public key. A number alone can be copied.
+    pub(crate) key_hash: String,
+}
+
+impl Recorded {
+    fn is(&self, certificate: &Certificate) -> bool {
+        let holder = match (&self.holder, &certificate.holder) {
+            (CertificateHolder::Node(one), PeerIdentity::Node(other)) => one == other,
+            (CertificateHolder::Client(one), PeerIdentity::Client(other)) => one == other,
+            _ => false,
+        };
+        holder && self.key_hash == certificate.key_hash
     }
 }
 
@@ -58,6 +88,8 @@ pub(crate) struct Denied {
     pub(crate) nodes: BTreeSet<NodeId>,
     /// Revoked certificates, also those that have expired.
     pub(crate) serials: BTreeSet<String>,
+    /// Those that are recorded and count, by serial number: of the CA before these alone count.
+    pub(crate) recorded: BTreeMap<String, Recorded>,
 }
 
 impl Denied {
@@ -67,6 +99,10 @@ impl Denied {
             _ if self.serials.contains(serial) => Some(Refusal::Revoked),
             _ => None,
         }
+    }
+
+    fn knows(&self, certificate: &Certificate) -> bool {
+        self.recorded.get(&certificate.serial).is_some_and(|recorded| recorded.is(certificate))
     }
 }
 
@@ -132,8 +168,20 @@ impl Trust {
         }
         let refusal = self.judge(&open.certificate.holder, &open.certificate.serial);
         // The CAs may have changed since the handshake asked.
-        let refusal = refusal.or_else(|| (!self.issued(&open)).then_some(Refusal::Untrusted));
+        let refusal = refusal.or_else(|| self.unvouched(&open));
         (open, refusal)
+    }
+
+    /// Why no CA vouches for what the other end showed, if none does.
+    fn unvouched(&self, open: &Open) -> Option<Refusal> {
+        if !self.issued(open) {
+            return Some(Refusal::Untrusted);
+        }
+        let Open { certificate, chain, .. } = open;
+        let before = |roots: &Arc<Roots>| roots.issued_before(chain, certificate.issued_unix_s);
+        let unrecorded =
+            !self.denied.load().knows(certificate) && self.roots.as_ref().is_some_and(before);
+        unrecorded.then_some(Refusal::Unrecorded)
     }
 
     fn issued(&self, open: &Open) -> bool {
@@ -144,10 +192,12 @@ impl Trust {
     /// The CAs have changed: what none of them signed is cut.
     pub(crate) fn recheck(&self) {
         let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        for open in all.iter().filter_map(Weak::upgrade).filter(|open| !self.issued(open)) {
-            let Certificate { holder, serial, .. } = &open.certificate;
-            tracing::warn!(%holder, serial, "its CA was replaced: its connection is cut");
-            open.cut();
+        for open in all.iter().filter_map(Weak::upgrade) {
+            if let Some(refusal) = self.unvouched(&open) {
+                let Certificate { holder, serial, .. } = &open.certificate;
+                tracing::warn!(%holder, serial, ?refusal, "its CA was replaced: its connection is cut");
+                open.cut();
+            }
         }
     }
 
@@ -165,7 +215,7 @@ impl Trust {
         let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         for open in all.iter().filter_map(Weak::upgrade) {
             let Certificate { holder, serial, .. } = &open.certificate;
-            let refused = self.judge(holder, serial);
+            let refused = self.judge(holder, serial).or_else(|| self.unvouched(&open));
             if refused.is_some() && !open.told.load(Ordering::SeqCst) {
                 tracing::warn!(%holder, serial, ?refused, "its connection is cut");
                 open.cut();

@@ -148,6 +148,12 @@ fn the_ca_is_replaced_while_clients_write_and_leaders_die() -> Outcome {
     let early_to_end = lab.nodes[0].run(|c| async move { c.finish_ca_rotation("root").await })?;
     let text = early_to_end.err().ok_or("a node was locked out")?.to_string();
     assert!(text.contains(&held_name) && text.contains("renewing"), "{text}");
+    // It shows the old one's, and knows which one counts from now on: a token that it makes lets a
+    // node in elsewhere, and a client trusts the new CA alone.
+    let mut meanwhile = TestNode::new(lab.folder(), "n6")?;
+    meanwhile.join(&lab.token(held)?)?;
+    let (_, of_carl) = papers_from(&lab, (held + 1) % 3, "carl")?;
+    assert!(!of_carl.contains(old_ca.trim()) && of_carl.matches("BEGIN").count() == 1);
     leader_dies(&mut lab, &mut writers)?;
     waits(&lab, 0, "renewing", &[&held_name])?;
 

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cluster::{Cluster, ClusterConfig, MembershipError, Txn};
-use proto::v1;
+use proto::record::{RemovalRecord, RemovalState};
 use proto::v1::raft_client::RaftClient;
+use proto::{keys, v1};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::AsyncReadExt;
@@ -494,5 +495,39 @@ fn what_has_expired_is_forgotten_but_no_revocation() -> Outcome {
     let ann = listed.iter().find(|one| one.name == "ann").ok_or("it would be good again")?;
     assert_eq!(ann.state, "revoked");
     assert!(matches!(revoke("bob")?, Err(MembershipError::UnknownCertificate(_))));
+    Ok(())
+}
+
+/// Whoever removed it lost its power between the two steps: out of Raft, and not recorded as removed.
+#[test]
+fn a_node_whose_removal_was_interrupted_is_let_in_no_more_and_the_next_removal_ends_it() -> Outcome
+{
+    let lab = Lab::new(3)?;
+    let (leader, name) = (lab.leader()?, any(&lab)?);
+    let goes = (leader + 1) % 3;
+    let (id, called) = (lab.nodes[goes].cluster()?.node_id(), lab.nodes[goes].name.clone());
+    let (papers, ca) = (node_papers(&lab, goes)?, ca(&lab)?);
+    let remove = |called: String| {
+        lab.nodes[leader].run(move |c| async move { c.remove_node(&called).await })
+    };
+    let before = lab.nodes[leader].run(|c| async move {
+        c.range("status/", "", 0, cluster::Consistency::Linearizable).await
+    })??;
+    remove(called.clone())??;
+    let record = RemovalRecord { name: called.clone(), state: RemovalState::Leaving };
+    let record = serde_json::to_vec(&record)?;
+    let node_record = before.kvs.into_iter().find(|kv| kv.key == keys::node(id));
+    lab.nodes[leader].run(move |c| async move {
+        let txn = Txn::new().put(keys::removal(id), record);
+        c.txn(node_record.into_iter().fold(txn, |txn, kv| txn.put(kv.key, kv.value))).await
+    })??;
+    let client = tokio::runtime::Runtime::new()?;
+    let channel = {
+        let _inside = client.enter();
+        dial(&lab.nodes[leader].config.api_address, &ca, &name, Some(papers))?
+    };
+    client.block_on(told(&channel, "no member any more"))?;
+    remove(called)??;
+    client.block_on(told(&channel, "was removed from the cluster"))?;
     Ok(())
 }

@@ -10,7 +10,9 @@
 //! Owns: the decision. Never: who somebody is (`cluster::tls`), or what a change of documents may be
 //! (`documents`).
 //!
-//! Invariants: what is not in the table is refused. A client is judged by the node it is connected
+//! Invariants: what is not in the table is refused. Nobody changes anything by a role that it had: what
+//! a quorum has confirmed since the request came in counts, or what is there when its transaction is
+//! applied. (Without a quorum root goes on, over the local socket.) A client is judged by the node it is connected
 //! to, before anything is passed on; what comes with a node's certificate was judged there. A
 //! service that the guard does not stand before answers nobody ([`Granted`]).
 
@@ -22,13 +24,15 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+use cluster::Txn;
 use cluster::tls::PeerIdentity;
 use proto::documents::Role;
+use proto::{Revision, keys};
 use tonic::Status;
 
 pub use guard::Guard;
 pub use refused::Refused;
-pub use roles::{Access, Has, Roles};
+pub use roles::{Access, Has, Known, Roles};
 pub use table::{Needs, Rule, rules, to_cancel, to_issue, to_write};
 
 use crate::api::forward::Caller;
@@ -37,6 +41,7 @@ use crate::api::forward::Caller;
 #[derive(Debug, Clone, Copy)]
 pub struct Granted {
     role: Role,
+    rests_on: Option<Revision>,
 }
 
 impl Granted {
@@ -45,6 +50,36 @@ impl Granted {
     pub fn role(self) -> Role {
         self.role
     }
+
+    /// The last write of [`keys::ADMINISTRATION`] that it was judged by, where it is a client's role
+    /// that was not confirmed: a transaction has to name it.
+    #[must_use]
+    pub fn rests_on(self) -> Option<Revision> {
+        self.rests_on
+    }
+}
+
+/// A transaction that comes to nothing where its caller was let through by what is old.
+#[must_use]
+pub fn resting(txn: Txn, caller: &Caller) -> Txn {
+    match caller.rests_on {
+        Some(revision) => txn.resting_on(keys::ADMINISTRATION, revision),
+        None => txn,
+    }
+}
+
+/// A client's caller, judged by what is known now.
+///
+/// # Errors
+/// It may not make the call any more.
+pub fn again(caller: &Caller, call: &str, known: &Known) -> Result<Caller, Status> {
+    let unknown = || Refused::Unknown(call.to_owned()).status(None);
+    let rule = rules().find(|rule| rule.call == call).ok_or_else(unknown)?;
+    let peer = PeerIdentity::Client(caller.user.clone());
+    let role = judge(rule, &peer, &known.roles).map_err(|refused| refused.status(None))?;
+    let mut caller = caller.with_role(role)?;
+    caller.rests_on = Some(known.revision);
+    Ok(caller)
 }
 
 /// What somebody has.

@@ -22,6 +22,19 @@ pub enum Refused {
          access/ is empty; try again, ask another node, or work as root on the node"
     )]
     Unread,
+    /// What a client may change is asked of a quorum, and none answers.
+    #[error(
+        "{call} changes something, and that `{client}` may still do so cannot be confirmed: {why}; as root \
+         on the node no role is asked for"
+    )]
+    Unconfirmed {
+        /// The call.
+        call: String,
+        /// Who asked.
+        client: String,
+        /// The store's error.
+        why: String,
+    },
     /// A client's role is too small, or it has none.
     #[error(
         "{what} needs the role `{}`, and the certificate `{client}` has {}: an administrator can \
@@ -81,7 +94,7 @@ impl Refused {
         match self {
             Self::Unknown(_) => Status::unimplemented(text),
             Self::Nobody => Status::unauthenticated(text),
-            Self::Unread => Status::unavailable(text),
+            Self::Unread | Self::Unconfirmed { .. } => Status::unavailable(text),
             Self::Role { .. } | Self::NotANode { .. } => Status::permission_denied(text),
             Self::NotRoot { .. } => Status::permission_denied(match socket {
                 Some(socket) => format!(

@@ -1,7 +1,9 @@
 //! Who has which role: kept in memory, as this node has applied the documents under `access/`.
 //!
-//! A request costs a look into memory, and no quorum. A node that is cut off goes on with what it
-//! knew; it can change nothing then, and shows what it has.
+//! A request that only looks costs a look into memory, and no quorum. A node that is cut off goes on
+//! showing what it has to whom it knew. What changes anything is judged by what a quorum has confirmed
+//! since it was asked ([`Access::catch_up`]), or takes along what it was judged by ([`Known::revision`])
+//! and comes to nothing where that is old: a copy may be behind without its node knowing it.
 //!
 //! Invariant: until a quorum has confirmed that this node is up to date, nobody is taken for more than
 //! a viewer, and without a document for nothing. A node that has joined just now, or was off for long,
@@ -80,10 +82,20 @@ fn seeing(documents: RolesByName) -> RolesByName {
     documents.into_iter().map(seeing).collect()
 }
 
+/// What is known, and how new that is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Known {
+    /// Of whom.
+    pub roles: Roles,
+    /// The last write of [`keys::ADMINISTRATION`], which every change of roles writes; perhaps of an
+    /// earlier one than the last that `roles` know of, never of a later one.
+    pub revision: Revision,
+}
+
 /// The followed roles. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Access {
-    roles: Arc<watch::Sender<Roles>>,
+    known: Arc<watch::Sender<Known>>,
     /// Whether this node has been up to date since it started. Held while the documents are read: the
     /// later one of two reads counts.
     confirmed: Arc<Mutex<bool>>,
@@ -92,20 +104,26 @@ pub struct Access {
 impl Access {
     /// What is known now.
     #[must_use]
+    pub fn known(&self) -> Known {
+        self.known.borrow().clone()
+    }
+
+    /// What is known of roles now.
+    #[must_use]
     pub fn roles(&self) -> Roles {
-        self.roles.borrow().clone()
+        self.known.borrow().roles.clone()
     }
 
     /// What a client has now.
     #[must_use]
     pub fn of(&self, client: &str) -> Has {
-        self.roles.borrow().of(client)
+        self.known.borrow().roles.of(client)
     }
 
     /// Told of every change.
     #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<Roles> {
-        self.roles.subscribe()
+    pub fn subscribe(&self) -> watch::Receiver<Known> {
+        self.known.subscribe()
     }
 
     /// Reads the documents as this node has applied them. Where it cannot, nothing is known any
@@ -119,8 +137,13 @@ impl Access {
     }
 
     async fn read(&self, store: &Store, confirmed: bool) -> anyhow::Result<Revision> {
-        let range = store.cluster().range(keys::ACCESS, "", 0, Consistency::Stale).await;
-        let known = match &range {
+        // Before the documents: so what they say is never taken for older than it is.
+        let record = store.cluster().get(keys::ADMINISTRATION, Consistency::Stale).await;
+        let range = match record {
+            Ok(_) => store.cluster().range(keys::ACCESS, "", 0, Consistency::Stale).await,
+            Err(ref error) => Err(error.clone()),
+        };
+        let roles = match &range {
             Ok(range) => {
                 let files = range.kvs.iter().map(|kv| (kv.key.as_str(), kv.value.as_slice()));
                 let documents = roles(files);
@@ -132,15 +155,18 @@ impl Access {
             }
             Err(_) => Roles::Unread,
         };
-        self.roles.send_if_modified(|roles| {
-            let changed = *roles != known;
-            *roles = known;
+        let written = record.ok().and_then(|(record, _)| record).map(|kv| kv.mod_revision);
+        let now = Known { roles, revision: written.unwrap_or_default() };
+        self.known.send_if_modified(|known| {
+            let changed = *known != now;
+            *known = now;
             changed
         });
         Ok(range?.revision)
     }
 
-    /// Reads the documents after a quorum has confirmed that this node has all there are.
+    /// Reads the documents after a quorum has confirmed that this node has all there were when this
+    /// was called. Calls that wait at the same time ask the quorum together.
     ///
     /// # Errors
     /// The store's.

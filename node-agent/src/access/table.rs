@@ -47,6 +47,8 @@ const NODE: Needs = Needs::Node;
 const ROOT: Needs = Needs::Root;
 
 const PATHS: &str = "admin, but for vms/ and files that are not documents";
+/// The call whose transaction says what it was judged by, see [`Rule::carries`].
+const CARRIES: &str = "Config.Txn";
 const SECRETS: &str = "it holds the secrets under priv/";
 
 /// By service: the method, what it needs, and what else is to be said.
@@ -173,6 +175,17 @@ pub struct Rule {
     pub detail: &'static str,
     /// It is, or takes, a stream: whoever may not call it any more is cut off.
     pub streams: bool,
+    /// What it was judged by goes along with the transaction that it comes to, which comes to nothing
+    /// where that is old: no quorum is asked before. (The one call that is made by the thousand.)
+    pub carries: bool,
+}
+
+impl Rule {
+    /// Whether a role that this node has heard of is not enough for it: it may be old.
+    #[must_use]
+    pub fn changes(&self) -> bool {
+        matches!(self.needs, Needs::Role(role) if role > Role::Viewer)
+    }
 }
 
 static RULES: LazyLock<BTreeMap<String, Rule>> = LazyLock::new(|| {
@@ -181,7 +194,8 @@ static RULES: LazyLock<BTreeMap<String, Rule>> = LazyLock::new(|| {
         let is_it = |m: &&proto::methods::Method| m.service == *service && m.name == *name;
         let streams = METHODS.iter().find(is_it).is_some_and(|method| method.streams);
         let call = format!("{service}.{name}");
-        let rule = Rule { call, needs: *needs, detail, streams };
+        let carries = call == CARRIES;
+        let rule = Rule { call, needs: *needs, detail, streams, carries };
         (format!("/{PACKAGE}.{service}/{name}"), rule)
     });
     rules.collect()

@@ -1,10 +1,11 @@
 //! `Config`: the key-value store itself, for people and tools. Records and documents that have a
 //! service of their own are read here, and written there.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use cluster::{
-    Consistency, FileChange, KeyValue, ReadAtError, Txn, TxnOutcome, WatchError, WatchEvent,
+    Consistency, FileChange, KeyValue, ReadAtError, StoreError, Txn, TxnOutcome, WatchError,
+    WatchEvent,
 };
 use futures::StreamExt as _;
 use proto::documents::{PathKind, PathRefused, classify};
@@ -12,14 +13,18 @@ use proto::v1::config_client::ConfigClient;
 use proto::v1::config_server::Config;
 use proto::v1::{self, watch_event, write_op};
 use proto::{Revision, keys};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use super::forward::{Caller, leader_channel};
 use super::{Answers, Api};
-use crate::access::may_write;
+use crate::access::{again, may_write, resting};
 use crate::documents::{self, Refusal, Wanted};
 use crate::node::Node;
 use crate::store::store_status;
+
+/// How often a transaction is judged anew while roles change.
+const JUDGED_MAX: usize = 4;
 
 fn consistency(wanted: i32) -> Consistency {
     match v1::Consistency::try_from(wanted) {
@@ -90,6 +95,32 @@ fn txn(request: v1::TxnRequest) -> Result<Txn, Status> {
     Ok(txn)
 }
 
+/// Commits a transaction that its caller may make when it is committed: one who was let through by
+/// roles that have changed since is judged again.
+async fn commit_judged(
+    node: &Node,
+    mut caller: Caller,
+    mut message: v1::TxnRequest,
+) -> Result<TxnOutcome, Status> {
+    if !message.client.is_empty() {
+        let mut named = node.named.lock().unwrap_or_else(PoisonError::into_inner);
+        message.client = named.bind(&caller.names, &message.client, Instant::now())?;
+    }
+    for _ in 0..JUDGED_MAX {
+        may_write(&caller, message.writes.iter().filter_map(written))?;
+        let txn = resting(txn(message.clone())?.by(&caller.user), &caller);
+        match node.cluster().txn(txn).await {
+            Err(StoreError::Overtaken) => {
+                let caught_up = node.access.catch_up(&node.store).await;
+                caught_up.map_err(|error| store_status(&error))?;
+                caller = again(&caller, "Config.Txn", &node.access.known())?;
+            }
+            outcome => return outcome.map_err(|error| store_status(&error)),
+        }
+    }
+    Err(store_status(&StoreError::Overtaken))
+}
+
 impl Api {
     /// The node and the caller, whose requests are counted. Those that come from other nodes were
     /// counted there.
@@ -151,10 +182,7 @@ impl Config for Api {
         request: Request<v1::TxnRequest>,
     ) -> Result<Response<v1::TxnResponse>, Status> {
         let (node, caller) = self.admitted(&request)?;
-        let message = request.into_inner();
-        may_write(&caller, message.writes.iter().filter_map(written))?;
-        let txn = txn(message)?.by(caller.user);
-        let outcome = node.cluster().txn(txn).await.map_err(|error| store_status(&error))?;
+        let outcome = commit_judged(&node, caller, request.into_inner()).await?;
         let revision = outcome.revision().0;
         Ok(Response::new(match outcome {
             TxnOutcome::Committed { .. } => {

@@ -7,8 +7,8 @@
 use std::time::Duration;
 
 use cluster::tls::{PeerIdentity, require_any};
-use proto::NodeId;
 use proto::documents::Role;
+use proto::{NodeId, Revision};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Request, Status};
@@ -28,7 +28,11 @@ pub struct Caller {
     pub user: String,
     /// What it may do. A node may do all: whomever it asks for was judged there.
     pub role: Role,
+    /// What it was judged by, where that may be old, see [`Granted::rests_on`].
+    pub rests_on: Option<Revision>,
     hops: u32,
+    /// Whose names for transactions are its own: `client/ann`, `node/2`, `root`.
+    pub names: String,
 }
 
 /// Says for whom a request to another node is made.
@@ -54,10 +58,16 @@ impl Caller {
             PeerIdentity::Node(id) => Self {
                 user: text(USER).map_or_else(|| format!("node {id}"), str::to_owned),
                 role: role?,
+                rests_on: None,
+                names: format!("node/{id}"),
                 hops: text(HOPS).and_then(|hops| hops.parse().ok()).unwrap_or(1),
             },
-            PeerIdentity::Client(name) => Self { user: name, role: role?, hops: 0 },
-            PeerIdentity::LocalRoot => Self { user: "root".to_owned(), role: role?, hops: 0 },
+            PeerIdentity::Client(user) => {
+                let rests_on = granted.and_then(|granted| granted.rests_on());
+                let names = format!("client/{user}");
+                Self { user, role: role?, rests_on, hops: 0, names }
+            }
+            PeerIdentity::LocalRoot => Self { role: role?, ..Self::local("root") },
         })
     }
 
@@ -73,7 +83,13 @@ impl Caller {
     /// Somebody on this very node, such as a user of the mounted tree, who is root.
     #[must_use]
     pub fn local(user: &str) -> Self {
-        Self { user: user.to_owned(), role: Role::Admin, hops: 0 }
+        Self {
+            user: user.to_owned(),
+            role: Role::Admin,
+            rests_on: None,
+            hops: 0,
+            names: "root".to_owned(),
+        }
     }
 
     /// Whether another node passed this on.

@@ -9,6 +9,7 @@ mod fence;
 pub mod forward;
 mod ha;
 mod membership;
+mod named;
 mod node;
 mod peer;
 mod server;
@@ -23,6 +24,7 @@ use tonic::Status;
 
 pub use membership::Former;
 pub(crate) use membership::{init_status, join_status, restore_status};
+pub use named::Named;
 pub use server::{SocketError, bind_local, serve_enrolment, serve_local, serve_members};
 
 use crate::node::{Node, Slot};

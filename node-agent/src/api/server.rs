@@ -77,6 +77,7 @@ pub async fn serve_members(
         Ok(request)
     });
     let guard = Guard::new(node.access.clone(), &node.config.socket_path());
+    let guard = guard.confirming(node.store.clone());
     let serve = server().layer(admit).layer(guard).add_routes(routes);
     Ok(serve.serve_with_incoming_shutdown(incoming, stop.cancelled()).await?)
 }

@@ -1,4 +1,4 @@
-//! There is always one administrator.
+//! There is always one administrator, and one with a certificate, once there was one.
 //!
 //! Two changes that each leave one may together leave none. So every transaction that changes who
 //! has which role compares and writes one record, and of two such changes the later one is judged
@@ -53,6 +53,14 @@ pub(super) fn keep_one(plan: &mut Plan, present: &Present, after: &Present) -> R
                  (`clusterctl config set access/NAME role=admin`)"
             }
         });
+    }
+    let can_come = |name: &Name| present.certified.contains(name.as_str());
+    let could_come = before.iter().any(|(name, role)| *role == Some(Role::Admin) && can_come(name));
+    if !now.is_empty() && could_come && !administrators.iter().any(can_come) {
+        return refused(
+            "no administrator would be left who has a certificate that lets him in: make one for \
+             another administrator first (`clusterctl context create-admin NAME --client-name NAME`)",
+        );
     }
     let record = AdministrationRecord { administrators };
     extend(plan, |txn| {

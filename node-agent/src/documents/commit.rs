@@ -185,6 +185,9 @@ async fn read(
         present.claims = claims(node).await?;
         let (record, _) = cluster.get(keys::ADMINISTRATION, Consistency::Stale).await?;
         present.administration = record.map(|kv| kv.mod_revision).unwrap_or_default();
+        if changes.iter().any(|change| change.path.starts_with(keys::ACCESS)) {
+            present.certified = cluster.certified_clients().await?;
+        }
     }
     for path in wanted {
         if let (Some(kv), _) = cluster.get(&path, Consistency::Stale).await? {

@@ -26,6 +26,8 @@ pub(super) struct Present {
     pub(super) claims: BTreeMap<String, Versioned<DiskClaim>>,
     /// Of the record of who administers.
     pub(super) administration: Revision,
+    /// Clients that a certificate lets in, where roles change.
+    pub(super) certified: BTreeSet<String>,
 }
 
 /// Where a new VM goes, and what it is called inside.

@@ -312,6 +312,18 @@ fn there_is_always_one_administrator() {
         let txn = judge(present, &changes).unwrap().txn;
         assert!(txn.names(keys::ADMINISTRATION), "{changes:?}");
     }
+    // Of two administrators one has a certificate: without her nobody comes in.
+    let mut chiefs = with(&[("ann", "admin"), ("bob", "admin"), ("eve", "viewer")]);
+    chiefs.certified = ["ann".to_owned(), "eve".to_owned()].into();
+    for changes in [vec![role("ann", "viewer")], vec![role("ann", ""), role("eve", "operator")]] {
+        let refused = judge(&chiefs, &changes).unwrap_err();
+        assert!(refused[0].fault.reason.contains("create-admin"), "{changes:?}: {refused:?}");
+    }
+    judge(&chiefs, &[role("bob", "viewer")]).unwrap();
+    judge(&chiefs, &[role("ann", ""), role("eve", "admin")]).unwrap();
+    // Where none has one yet, as before the first certificate is made, roles alone count.
+    chiefs.certified.clear();
+    judge(&chiefs, &[role("ann", "viewer")]).unwrap();
     // The record is compared as it was read: of two changes at once one is judged again.
     let made = judge(&ann, &[role("bob", "viewer")]).unwrap().txn;
     let expected = Txn::new()

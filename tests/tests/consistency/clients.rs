@@ -285,6 +285,7 @@ fn refusal(error: &StoreError) -> Answer {
         | StoreError::TooLarge(_)
         | StoreError::TooOften { .. }
         | StoreError::Busy(_)
+        | StoreError::Overtaken
         | StoreError::Recovering => Answer::Refused(text),
         StoreError::UnknownOutcome { .. }
         | StoreError::Forgotten { .. }

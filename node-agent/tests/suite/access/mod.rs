@@ -1,5 +1,6 @@
 //! Roles: whole members over real TLS, a client of each role and one without.
 
+mod behind;
 mod client;
 
 use std::time::{Duration, Instant};
@@ -381,6 +382,10 @@ async fn there_is_always_one_administrator_by_the_api_and_by_revocation() {
     revoke(&olga, "ann").await.unwrap();
     assert!(revoke(&olga, "olga").await.is_err());
 
+    // Who has no certificate is no administrator that is left.
+    committed(&olga, &[role("ann", "admin")]).await;
+    not_committed(&first.channel, &[role("olga", "viewer")], "who has a certificate").await;
+    client(&first, "ann").await;
     // Of two changes at two nodes that each leave one, one is taken.
     for _ in 0..5 {
         let both = [role("ann", "admin"), role("olga", "admin")];
