@@ -83,7 +83,8 @@ pub struct Agent {
     run_folder: std::sync::Mutex<Option<File>>,
 }
 
-/// Threads that serve requests, at most.
+/// Threads that serve requests.
+const WORKERS_MIN: usize = 2;
 const WORKERS_MAX: usize = 4;
 
 /// The two listeners of a member, bound before it becomes one.
@@ -112,11 +113,12 @@ pub(crate) fn on_a_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> 
     ended
 }
 
-/// Threads that serve requests: half of the cores, four at most. The others are the VMs', and a
-/// thread more than there is work for costs the ones that work: each wakes the next one.
+/// Threads that serve requests: half of the cores, four at most, and two at least: one may wait for
+/// the disk. The other cores are the VMs', and a thread more than there is work for costs the ones
+/// that work: each wakes the next one.
 fn workers() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores / 2).clamp(1, WORKERS_MAX)
+    (cores / 2).clamp(WORKERS_MIN, WORKERS_MAX)
 }
 
 async fn run_until_told(config: Config) -> anyhow::Result<()> {

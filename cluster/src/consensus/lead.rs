@@ -108,7 +108,8 @@ pub(crate) async fn propose(
     limit: Duration,
     fresh: Duration,
 ) -> Forwarded {
-    let mut answers = propose_all(raft, vec![command], limit, fresh).await;
+    let within = Within { asked: limit / 2, confirmed: limit };
+    let mut answers = propose_all(raft, vec![command], within, fresh).await;
     answers.pop().unwrap_or_else(unconfirmed)
 }
 
@@ -116,15 +117,25 @@ fn unconfirmed() -> Forwarded {
     Forwarded::Unknown("no majority confirmed the write in time".to_owned())
 }
 
+/// How long what is proposed may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Within {
+    /// Until a quorum that was silent has answered; nothing was proposed before. Less than `confirmed`:
+    /// callers hear of that before they stop waiting.
+    pub(crate) asked: Duration,
+    /// Until all of it is applied.
+    pub(crate) confirmed: Duration,
+}
+
 /// Proposes commands in their order, with one message to Raft, and waits for them to be applied: an
 /// answer to each.
 pub(crate) async fn propose_all(
     raft: &Raft,
     commands: Vec<Command>,
-    limit: Duration,
+    within: Within,
     fresh: Duration,
 ) -> Vec<Forwarded> {
-    let (count, until) = (commands.len(), Instant::now() + limit);
+    let (count, until) = (commands.len(), Instant::now() + within.confirmed);
     let (here, leader, silence) =
         look(raft, |now| (leads(now), now.current_leader, quorum_silence(now)));
     if !here {
@@ -133,8 +144,7 @@ pub(crate) async fn propose_all(
     // A leader that lost its quorum would log the commands and leave their outcome open. Better to
     // refuse them while nothing has happened.
     if silence.is_none_or(|silence| silence > fresh) {
-        // Half of the time: the caller hears that nothing was proposed before it stops waiting.
-        match read_index(raft, limit / 2).await {
+        match read_index(raft, within.asked).await {
             Forwarded::ReadIndex(_) => {}
             other => return vec![other; count],
         }

@@ -44,6 +44,10 @@ fn apply_txn<R: Read>(
     }
     match dedup::look_up(state, &txn.client, txn.sequence)? {
         Known::Answered(Some(revision)) => Ok(Reply::Committed { revision }),
+        // What a key holds is for those alone who may ask now.
+        Known::Answered(None) if !failed_compares(state, rests_on)?.is_empty() => {
+            Ok(Reply::Overtaken)
+        }
         Known::Answered(None) => {
             // It was refused then; what conflicts may look different now.
             let conflicts = failed_compares(state, &txn.compares)?;

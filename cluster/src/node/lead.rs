@@ -12,6 +12,8 @@ use crate::machine::{Command, Judged, Reply};
 
 /// How long a member that is not known to lead may take to say who does.
 const ELSEWHERE: Duration = Duration::from_millis(500);
+/// What this node does itself, as the leader, may end so much late.
+const LATE: Duration = Duration::from_millis(100);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -116,7 +118,9 @@ impl Node {
                     Forwarded::NotLeader { leader }
                 }
                 Some(id) if id == self.id().0 => {
-                    match tokio::time::timeout(left, self.lead(asked.clone(), left)).await {
+                    // It ends by itself, and knows then whether anything was proposed.
+                    let limit = left + LATE;
+                    match tokio::time::timeout(limit, self.lead(asked.clone(), left)).await {
                         Ok(answer) => answer,
                         Err(_) => Forwarded::Unknown("no majority answered in time".to_owned()),
                     }

@@ -14,7 +14,8 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::consensus::{Forwarded, Raft, lead};
+use crate::consensus::lead::{self, Within};
+use crate::consensus::{Forwarded, Raft};
 use crate::machine::Command;
 
 /// Commands that one batch takes at most; or those of one caller.
@@ -97,16 +98,17 @@ impl Drop for Turn {
 
 impl Turn {
     async fn carry_out(self, batch: Vec<Waiting>) {
-        let now = Instant::now();
-        let until = batch.iter().map(|one| one.until).max().unwrap_or(now);
+        let left = |one: &Waiting| one.until.saturating_duration_since(Instant::now());
+        let soonest = batch.iter().map(left).min().unwrap_or_default();
+        let confirmed = batch.iter().map(left).max().unwrap_or_default();
+        let within = Within { asked: soonest / 2, confirmed };
         let mut commands = Vec::new();
         let mut answers = Vec::with_capacity(batch.len());
         for one in batch {
             answers.push((one.commands.len(), one.answer));
             commands.extend(one.commands);
         }
-        let limit = until.saturating_duration_since(now);
-        let mut each = self.0.to_raft(commands, limit).await.into_iter();
+        let mut each = self.0.to_raft(commands, within).await.into_iter();
         // The next batch is on its way before the callers of this one are woken.
         drop(self);
         for (count, answer) in answers {
@@ -130,7 +132,10 @@ impl Proposals {
     pub(super) async fn propose(&self, commands: Vec<Command>, limit: Duration) -> Vec<Forwarded> {
         let (count, until) = (commands.len(), Instant::now() + limit);
         let (number, answered) = match self.enter(commands, until) {
-            Entered::Now(turn, commands) => return turn.0.to_raft(commands, limit).await,
+            Entered::Now(turn, commands) => {
+                let within = Within { asked: limit / 2, confirmed: limit };
+                return turn.0.to_raft(commands, within).await;
+            }
             Entered::Queue(number, answered) => (number, answered),
         };
         match tokio::time::timeout_at(until, answered).await {
@@ -166,8 +171,8 @@ impl Proposals {
         Forwarded::Unknown("no majority confirmed the write in time".to_owned())
     }
 
-    async fn to_raft(&self, commands: Vec<Command>, limit: Duration) -> Vec<Forwarded> {
-        lead::propose_all(&self.raft, commands, limit, self.silence).await
+    async fn to_raft(&self, commands: Vec<Command>, within: Within) -> Vec<Forwarded> {
+        lead::propose_all(&self.raft, commands, within, self.silence).await
     }
 }
 

@@ -390,6 +390,8 @@ fn cf_options(cf: Cf, cache: &Cache) -> Options {
     let mut options = Options::default();
     options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     options.set_write_buffer_size(16 << 20);
+    // Who writes does not wait for one that is on its way to a slow disk.
+    options.set_max_write_buffer_number(4);
     // Taken at once, by each family, however little it gets.
     options.set_arena_block_size(128 << 10);
     let mut table = BlockBasedOptions::default();

@@ -177,6 +177,11 @@ impl Trust {
         if !self.issued(open) {
             return Some(Refusal::Untrusted);
         }
+        self.unrecorded(open)
+    }
+
+    /// Of the CA before, what is recorded counts alone.
+    fn unrecorded(&self, open: &Open) -> Option<Refusal> {
         let Open { certificate, chain, .. } = open;
         let before = |roots: &Arc<Roots>| roots.issued_before(chain, certificate.issued_unix_s);
         let unrecorded =
@@ -215,7 +220,8 @@ impl Trust {
         let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         for open in all.iter().filter_map(Weak::upgrade) {
             let Certificate { holder, serial, .. } = &open.certificate;
-            let refused = self.judge(holder, serial).or_else(|| self.unvouched(&open));
+            // Its signature was checked when it was opened, and is when the CAs change.
+            let refused = self.judge(holder, serial).or_else(|| self.unrecorded(&open));
             if refused.is_some() && !open.told.load(Ordering::SeqCst) {
                 tracing::warn!(%holder, serial, ?refused, "its connection is cut");
                 open.cut();
