@@ -338,7 +338,7 @@ fn a_member_that_was_away_for_long_catches_up_by_snapshot() -> Outcome {
     assert_ne!(leader, away, "the first one leads a cluster that is formed");
     // The leader cuts its log off only once it has failed to reach who is away: until then, that one
     // catches up by the log.
-    let (mut turn, until) = (0, Instant::now() + LIMIT);
+    let (mut turn, until) = (0, Instant::now() + 2 * LIMIT);
     while !lab.nodes[away].folder.join("snapshots/current").exists() {
         assert!(Instant::now() < until, "it catches up by the log, {turn} times");
         lab.nodes[away].kill();
