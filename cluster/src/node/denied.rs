@@ -10,7 +10,7 @@ use proto::{NodeId, keys};
 use tonic::{Request, Status};
 
 use super::Node;
-use super::read::removed;
+use super::removals::removed;
 use crate::consensus::lead::look;
 use crate::machine::{Record, Table, decode, prefix_end};
 use crate::storage::{Db, View};

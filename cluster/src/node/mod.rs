@@ -10,6 +10,7 @@ mod pass_on;
 mod past;
 mod propose;
 mod read;
+mod removals;
 mod renewal;
 mod retention;
 mod run;
@@ -83,6 +84,7 @@ pub(crate) struct Node {
     pass_on: pass_on::PassOn,
     /// One at a time asks for checksums.
     check_turn: tokio::sync::Mutex<()>,
+    removals: removals::Removals,
     tasks: std::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 

@@ -1,6 +1,5 @@
 //! Reads of the present state.
 
-use proto::record::{RemovalRecord, RemovalState};
 use proto::{Revision, keys};
 use tokio::time::Instant;
 
@@ -119,26 +118,6 @@ impl Node {
     pub(crate) fn revision(&self) -> u64 {
         self.db.view(position).map_or(0, |applied| applied.revision)
     }
-
-    /// Whether a node is known to have been removed.
-    pub(crate) fn was_removed(&self, id: proto::NodeId) -> bool {
-        let key = keys::removal(id);
-        let row = self.db.view(|view| view.get(Table::Data, key.as_bytes()));
-        row.ok().flatten().is_some_and(|row| removed(&row))
-    }
-
-    /// Whether a node is known to have been removed, or its removal to have been announced.
-    pub(super) fn is_leaving(&self, id: proto::NodeId) -> bool {
-        let key = keys::removal(id);
-        self.db.view(|view| view.get(Table::Data, key.as_bytes())).is_ok_and(|row| row.is_some())
-    }
-}
-
-/// A removal that is only announced does not shut the node out: it may still be withdrawn.
-pub(super) fn removed(row: &[u8]) -> bool {
-    let Ok(record) = decode::<Record>(row) else { return false };
-    serde_json::from_slice::<RemovalRecord>(&record.value)
-        .is_ok_and(|record| record.state == RemovalState::Removed)
 }
 
 fn key_value(key: String, bytes: &[u8]) -> std::io::Result<KeyValue> {

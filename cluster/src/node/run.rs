@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, authorities, confirm, denied, housekeeping, pass_on, propose};
+use super::{Node, authorities, confirm, denied, housekeeping, pass_on, propose, removals};
 use crate::consensus::{self, Network, Peers, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{CA_FILE, Identity};
@@ -85,6 +85,7 @@ pub(crate) async fn start(
         proposals,
         pass_on,
         check_turn: tokio::sync::Mutex::new(()),
+        removals: removals::Removals::default(),
         tasks: Mutex::new(Vec::new()),
         config,
         identity: identity.record,
