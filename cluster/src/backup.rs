@@ -48,7 +48,7 @@ pub(crate) async fn backup(
         let sending = Sending { node: &node, pieces: &pieces };
         let sent = node.db().view(|view| {
             let header = header(node.identity(), node.label().borrow().clone(), view)?;
-            write(view.all_rows(Table::Data)?, &header, |piece| sending.send(Ok(piece)))
+            write(view.all_rows(Table::Data, b"")?, &header, |piece| sending.send(Ok(piece)))
         });
         if let Err(error) = sent {
             tracing::warn!(%error, "a backup was not sent to its end");

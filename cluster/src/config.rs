@@ -37,9 +37,9 @@ pub struct ClusterConfig {
     pub limits: Limits,
     /// How long certificates last.
     pub certificates: CertificateLives,
-    /// A snapshot is written after so many log entries,
+    /// A snapshot is made after so many log entries,
     pub snapshot_every: u64,
-    /// once they are so many bytes, and as many as the latest values of all keys.
+    /// once they are so many bytes: the state is written out, and the log cut off.
     pub snapshot_bytes: u64,
     /// Log entries kept behind a snapshot for followers that lag a little.
     pub snapshot_keep: u64,
@@ -66,7 +66,7 @@ impl ClusterConfig {
             limits: Limits::default(),
             certificates: CertificateLives::default(),
             snapshot_every: 20_000,
-            snapshot_bytes: 64 << 20,
+            snapshot_bytes: 16 << 20,
             snapshot_keep: 5_000,
             host: Arc::new(ThisHost),
         }

@@ -15,7 +15,7 @@ use crate::identity::{
     Ca, Identity, Life, NodeIdentity, Pair, SEALING_KEY, SealingKey, Trusted, request,
 };
 use crate::node::{self, Node};
-use crate::storage::{Db, FolderLock};
+use crate::storage::{Db, FolderLock, LOG, STATE};
 use crate::{Cluster, ClusterConfig, InitError, JoinError, OpenError, StoreError};
 use crate::{membership, recover, restore};
 
@@ -56,7 +56,7 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
         }
         // Not where joining was interrupted just before its end: that is tried again.
         let joining = folder.join(crate::enrol::KEY).exists();
-        if !joining && ["node.pem", "ca.crt", "db"].iter().all(|part| folder.join(part).exists()) {
+        if !joining && ["node.pem", "ca.crt", STATE].iter().all(|part| folder.join(part).exists()) {
             return Err(OpenError::Unusable {
                 path: folder.join("identity.json"),
                 detail: "is missing, and the rest of a member is here: put it back; or, if this node is of no cluster any more, empty the data folder".to_owned(),
@@ -70,9 +70,9 @@ pub async fn open(config: ClusterConfig) -> Result<Opened, OpenError> {
     };
     // Of an attempt to join that came before: it must not excuse an identity that is lost some day.
     crate::enrol::forget_key(folder);
-    if !folder.join("db").exists() {
+    if let Some(part) = [LOG, STATE].into_iter().find(|part| !folder.join(part).exists()) {
         return Err(OpenError::Unusable {
-            path: folder.join("db"),
+            path: folder.join(part),
             detail: "is missing: a member that forgot its votes must not take part; remove this node from the cluster, empty its data folder and join again".to_owned(),
         });
     }
@@ -196,7 +196,7 @@ impl Uninitialized {
             detail: "belongs to a cluster already".to_owned(),
         })?;
         let result = async {
-            for part in ["db", "snapshots"] {
+            for part in [LOG, STATE, "snapshots"] {
                 let path = self.config.data_dir.join(part);
                 match std::fs::remove_dir_all(&path) {
                     Err(source) if source.kind() != std::io::ErrorKind::NotFound => {

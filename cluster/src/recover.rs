@@ -47,7 +47,7 @@ use crate::consensus::{Held, held, settled};
 use crate::identity::{Identity, SEALING_KEY};
 use crate::machine::{Overlay, Read, Record, Table, decode};
 use crate::restore::{Checked, Own, Restored, runs_on};
-use crate::storage::{FolderLock, Frozen, View};
+use crate::storage::{FolderLock, Frozen, LOG, STATE, View};
 use crate::{ClusterConfig, InitError, Member, OpenError, Opened, RestoreError, open};
 
 pub use others::Heard;
@@ -59,7 +59,8 @@ const BACKUP: &str = "recover.hfb";
 const KEPT: &str = "before-recover-";
 const RECOVERED: &str = "recovered";
 /// What a member's folder holds of its cluster; the identity first.
-const PARTS: [&str; 6] = ["identity.json", "node.pem", "ca.crt", SEALING_KEY, "db", "snapshots"];
+const PARTS: [&str; 7] =
+    ["identity.json", "node.pem", "ca.crt", SEALING_KEY, LOG, STATE, "snapshots"];
 
 /// Why a node was not recovered. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -169,7 +170,9 @@ impl Survivor {
         db: &Arc<Frozen>,
     ) -> Result<Survey, RecoverError> {
         let reading = db.clone();
-        let read = tokio::task::spawn_blocking(move || reading.view(|view| Ok(held(view)?.0)));
+        let read = tokio::task::spawn_blocking(move || {
+            reading.view(|view| Ok(held(&reading.log(), view)?.0))
+        });
         let held = read.await.map_err(io::Error::other).and_then(|held| held);
         let held: Held = held.map_err(failed("the member's state cannot be read"))?;
         let me = identity.record.node_id;
@@ -275,11 +278,15 @@ impl Survivor {
             let options = options.read(true).write(true).create_new(true).mode(0o600);
             let mut file = options.open(&partial)?;
             let settled = db.view(|view| {
-                let (_, state) = held(view)?;
+                let (_, state) = held(&db.log(), view)?;
                 let header = backup::header(&record, name, &state)?;
                 backup::write(rows(&state, b""), &header, |piece| file.write_all(&piece))?;
                 // What a power loss took from the log's end may have been acted on already.
-                if lost_tail { Ok(BTreeMap::new()) } else { left_to(id, &settled(view)?) }
+                if lost_tail {
+                    Ok(BTreeMap::new())
+                } else {
+                    left_to(id, &settled(&db.log(), view)?)
+                }
             })?;
             file.sync_all()?;
             fs::rename(&partial, folder.join(BACKUP))?;
@@ -482,7 +489,7 @@ fn sync(folder: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const OLD: [&str; 5] = ["identity.json", "node.pem", "ca.crt", SEALING_KEY, "db"];
+    const OLD: [&str; 6] = ["identity.json", "node.pem", "ca.crt", SEALING_KEY, LOG, STATE];
 
     fn folder() -> io::Result<tempfile::TempDir> {
         let folder = tempfile::tempdir()?;

@@ -260,7 +260,7 @@ fn compute(view: &View<'_>, between: Between<'_>) -> Result<Checksum, Stop> {
     let (mut tables, mut slice) = (Vec::new(), 0);
     for table in Table::ALL {
         let mut sum = Context::new(&SHA256);
-        for row in view.all_rows(table)? {
+        for row in view.all_rows(table, b"")? {
             let (key, value) = row?;
             for part in [key.as_slice(), &value] {
                 sum.update(&(part.len() as u64).to_le_bytes());

@@ -10,7 +10,7 @@ use super::log_store::{committed, entry};
 use super::state::{applied, membership};
 use super::types::{MemberNode, Membership};
 use crate::machine::{Overlay, apply, revision};
-use crate::storage::{Cf, View};
+use crate::storage::{Cf, LogView, View};
 
 /// How far a member is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,27 +28,34 @@ pub(crate) struct Held {
 
 /// Applies the whole log, in memory. Raft's own rule is to apply what is committed; here nobody is
 /// left to commit the rest, and some of it may have been: a follower learns late.
-pub(crate) fn held<'a, 'v>(view: &'v View<'a>) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
-    apply_until(view, u64::MAX)
+pub(crate) fn held<'a, 'v>(
+    log: &LogView<'_>,
+    view: &'v View<'a>,
+) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
+    apply_until(log, view, u64::MAX)
 }
 
 /// The state of which it is known here that a majority agreed to it.
-pub(crate) fn settled<'a, 'v>(view: &'v View<'a>) -> io::Result<Overlay<'v, View<'a>>> {
-    Ok(apply_until(view, committed(view)?)?.1)
+pub(crate) fn settled<'a, 'v>(
+    log: &LogView<'_>,
+    view: &'v View<'a>,
+) -> io::Result<Overlay<'v, View<'a>>> {
+    Ok(apply_until(log, view, committed(log)?)?.1)
 }
 
 fn apply_until<'a, 'v>(
+    log: &LogView<'_>,
     view: &'v View<'a>,
     until: u64,
 ) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
     let applied = applied(view)?.map(|id| id.index);
-    let committed = committed(view)?.max(applied.unwrap_or(0));
+    let committed = committed(log)?.max(applied.unwrap_or(0));
     let mut members = BTreeMap::new();
     note(&mut members, membership(view)?.membership());
     let mut state = Overlay::new(view);
     // Raft's first entry has index 0.
     let mut next = applied.map_or(0, |index| index.saturating_add(1));
-    for row in view.raw_from(Cf::Log, &next.to_be_bytes())? {
+    for row in log.rows_from(Cf::Log, &next.to_be_bytes())? {
         let (key, value) = row?;
         let entry = entry(&key, &value)?;
         let index = entry.log_id.index;

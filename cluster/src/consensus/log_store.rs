@@ -14,7 +14,7 @@ use openraft::{OptionalSend, RaftLogReader};
 use super::log_cache::LogCache;
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use crate::machine::{decode, encode};
-use crate::storage::{Cf, Db, View};
+use crate::storage::{Cf, Db, LogView};
 
 const VOTE: &[u8] = b"vote";
 const COMMITTED: &[u8] = b"committed";
@@ -44,9 +44,9 @@ impl LogStore {
         if let Some(entries) = self.cache().read(from, to, max_bytes) {
             return Ok(entries);
         }
-        self.db.view(|view| {
+        self.db.log(|log| {
             let (mut entries, mut bytes) = (Vec::new(), 0);
-            for row in view.raw_from(Cf::Log, &from.to_be_bytes())? {
+            for row in log.rows_from(Cf::Log, &from.to_be_bytes())? {
                 let (key, value) = row?;
                 if index_of(&key)? >= to || (bytes > 0 && bytes + value.len() > max_bytes) {
                     break;
@@ -59,13 +59,13 @@ impl LogStore {
     }
 
     fn setting<T: serde::de::DeserializeOwned>(&self, key: &[u8]) -> io::Result<Option<T>> {
-        self.db.view(|view| view.raw(Cf::Vote, key)?.map(|bytes| decode(&bytes)).transpose())
+        self.db.log(|log| log.get(Cf::Vote, key)?.map(|bytes| decode(&bytes)).transpose())
     }
 }
 
 /// The last index that a database knows to be committed.
-pub(super) fn committed(view: &View<'_>) -> io::Result<u64> {
-    let row = view.raw(Cf::Vote, COMMITTED)?;
+pub(super) fn committed(log: &LogView<'_>) -> io::Result<u64> {
+    let row = log.get(Cf::Vote, COMMITTED)?;
     let id: Option<Option<LogId>> = row.map(|bytes| decode(&bytes)).transpose()?;
     Ok(id.flatten().map_or(0, |id| id.index))
 }
@@ -127,8 +127,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
         let last_purged_log_id: Option<LogId> = self.setting(PURGED)?;
-        let last = self.db.view(|view| {
-            let row = view.raw_last(Cf::Log)?;
+        let last = self.db.log(|log| {
+            let row = log.last(Cf::Log)?;
             row.map(|(key, value)| entry(&key, &value)).transpose()
         })?;
         let last_log_id = last.map(|entry| entry.log_id).or(last_purged_log_id);
@@ -141,7 +141,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let bytes = encode(vote)?;
-        self.db.write(|batch| batch.put(Cf::Vote, VOTE, &bytes))?;
+        self.db.write_log(|batch| batch.put(Cf::Vote, VOTE, &bytes))?;
         self.db.durable().await
     }
 
@@ -149,7 +149,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         // Not synced: it survives the process, and what a power loss does to it is seen at opening
         // (`Db::lost_tail`).
         let bytes = encode(&committed)?;
-        self.db.write(|batch| batch.put(Cf::Vote, COMMITTED, &bytes))
+        self.db.write_log(|batch| batch.put(Cf::Vote, COMMITTED, &bytes))
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
@@ -166,7 +166,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let mut appended = Vec::new();
-        self.db.write(|batch| {
+        self.db.write_log(|batch| {
             for entry in entries {
                 let row = encode(&entry)?;
                 batch.put(Cf::Log, &entry.log_id.index.to_be_bytes(), &row)?;
@@ -185,28 +185,78 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         let from = last_log_id.map_or(0, |id| id.index.saturating_add(1));
-        self.db.write(|batch| batch.delete_range(Cf::Log, &from.to_be_bytes(), &[0xff; 9]))?;
+        self.db.write_log(|batch| batch.delete_range(Cf::Log, &from.to_be_bytes(), &[0xff; 9]))?;
         self.cache().truncate(from);
         Ok(())
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         let (purged, to) = (encode(&log_id)?, log_id.index.saturating_add(1));
-        self.db.write(|batch| {
+        self.db.write_log(|batch| {
             batch.put(Cf::Vote, PURGED, &purged)?;
             batch.delete_range(Cf::Log, &[0; 8], &to.to_be_bytes())
         })?;
         // All of it may be gone, and more than it had: the next entry begins anew.
         self.cache().purge(to);
+        // What it was is in memory yet, most of it: it never comes into a file.
+        let db = self.db.clone();
+        self.db.host().blocking(Box::new(move || {
+            if let Err(error) = db.flush_log() {
+                tracing::warn!(%error, "the log's end was not written out; it stays in the write-ahead log");
+            }
+        }));
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use openraft::vote::RaftLeaderId;
+
     use super::*;
     use crate::host::ThisHost;
     use crate::storage::FolderLock;
+
+    /// Bytes of the files with an ending in a folder.
+    fn size(folder: &std::path::Path, ending: &str) -> io::Result<u64> {
+        let mut bytes = 0;
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().ends_with(ending) {
+                bytes += entry.metadata()?.len();
+            }
+        }
+        Ok(bytes)
+    }
+
+    #[tokio::test]
+    async fn what_is_cut_off_of_the_log_never_comes_into_a_table_file()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let folder = tempfile::tempdir()?;
+        let lock = FolderLock::take(folder.path())?;
+        let db = Arc::new(Db::create(folder.path(), lock, Arc::new(ThisHost))?);
+        let mut log = LogStore::new(db.clone());
+        db.write_log(|batch| {
+            (0..100u64).try_for_each(|n| batch.put(Cf::Log, &n.to_be_bytes(), &[7; 100_000]))
+        })?;
+        let path = folder.path().join(crate::storage::LOG);
+        assert!(size(&path, ".log")? > 9_000_000, "the write-ahead log has all of it");
+        type LeaderId = openraft::impls::leader_id_std::LeaderId<u64, u64>;
+        let leader = LeaderId::new(1, 1).to_committed();
+        log.purge(LogId::new(leader, 95)).await?;
+        // In the background.
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while size(&path, ".log")? > 1_000_000 {
+            assert!(std::time::Instant::now() < until, "the write-ahead log stays");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        let left = size(&path, ".sst")?;
+        assert!((400_000..1_000_000).contains(&left), "{left} bytes of four entries");
+        let kept = db.log(|log| Ok(log.rows_from(Cf::Log, &[0; 8])?.count()))?;
+        assert_eq!(kept, 4);
+        db.close();
+        Ok(())
+    }
 
     #[tokio::test]
     async fn an_entry_of_another_version_is_an_error_that_says_so()
@@ -214,7 +264,7 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let lock = FolderLock::take(folder.path())?;
         let db = Arc::new(Db::create(folder.path(), lock, Arc::new(ThisHost))?);
-        db.write(|batch| batch.put(Cf::Log, &7u64.to_be_bytes(), &[0xff; 40]))?;
+        db.write_log(|batch| batch.put(Cf::Log, &7u64.to_be_bytes(), &[0xff; 40]))?;
         let mut log = LogStore::new(db.clone());
         let read = log.try_get_log_entries(0..9).await.map(drop);
         let begun = log.get_log_state().await.map(drop);

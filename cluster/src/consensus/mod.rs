@@ -31,6 +31,8 @@ pub(crate) use recent::Look;
 pub use service::RaftService;
 pub(crate) use service::{Forward, Forwarded};
 pub(crate) use snapshot::clean_up;
+#[cfg(test)]
+pub(crate) use snapshot::{Outgoing, SnapshotFile};
 pub(crate) use start::start;
 pub(crate) use state::{Applied, StateMachine, position};
 pub(crate) use types::{MemberNode, Metrics, Raft};

@@ -28,7 +28,7 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 use super::service::{Forward, Forwarded};
-use super::snapshot::SnapshotFile;
+use super::snapshot::{Outgoing, SnapshotData};
 use super::types::{LogId, MemberNode, Snapshot, TypeConfig, Vote};
 use crate::host::{Host, blocking};
 use crate::identity::node_host;
@@ -36,7 +36,6 @@ use crate::tls::{Trust, channel};
 
 /// The largest message that is taken from a member, bytes.
 pub(super) const MESSAGE_MAX: usize = 64 << 20;
-const CHUNK: usize = 1 << 20;
 
 /// Channels to the other members, each pinned to one node's certificate. Where a node is may
 /// change: each new connection goes where it is known to be then.
@@ -286,7 +285,7 @@ fn note_removal(removed: &tokio::sync::watch::Sender<bool>, status: &Status) {
 }
 
 impl RaftNetworkV2<TypeConfig> for Link {
-    type SnapshotData = SnapshotFile;
+    type SnapshotData = SnapshotData;
 
     async fn append_entries(
         &mut self,
@@ -411,10 +410,15 @@ impl RaftNetworkV2<TypeConfig> for Link {
         let network = |error: &dyn std::fmt::Display| {
             StreamingError::Network(NetworkError::from_string(error.to_string()))
         };
+        let SnapshotData::Own(db) = snapshot.snapshot else {
+            return Err(network(&"only what this member holds itself is sent"));
+        };
+        let begun = blocking(self.host.as_ref(), move || Outgoing::of(&db)).await;
+        let outgoing = begun.and_then(|begun| begun).map_err(|error| network(&error))?;
         let header =
-            postcard::to_stdvec(&(vote, &snapshot.meta)).map_err(|error| network(&error))?;
+            postcard::to_stdvec(&(vote, outgoing.meta())).map_err(|error| network(&error))?;
         let mut client = self.client().map_err(StreamingError::from)?;
-        let answer = client.install_snapshot(chunks(self.host.clone(), header, snapshot.snapshot));
+        let answer = client.install_snapshot(chunks(self.host.clone(), header, outgoing));
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
             answer = tokio::time::timeout(option.soft_ttl(), answer) => {
@@ -466,28 +470,23 @@ async fn next_answer(
 fn chunks(
     host: Arc<dyn Host>,
     header: Vec<u8>,
-    file: SnapshotFile,
+    outgoing: Outgoing,
 ) -> impl Stream<Item = SnapshotChunk> + Send {
-    let file = Arc::new(file);
-    futures::stream::unfold((Some(header), 0u64), move |(header, offset)| {
-        let (host, file) = (host.clone(), file.clone());
+    futures::stream::unfold((header, outgoing), move |(header, mut outgoing)| {
+        let host = host.clone();
         async move {
-            let read = blocking(host.as_ref(), move || file.chunk(offset, CHUNK)).await;
-            let data = match read {
-                Ok(Ok(data)) => data,
+            let read = blocking(host.as_ref(), move || (outgoing.next(), outgoing)).await;
+            let (piece, outgoing) = match read {
+                Ok((Ok(piece), outgoing)) => (piece, outgoing),
                 // The receiver sees a snapshot that is too short and refuses it.
-                Ok(Err(error)) => {
-                    tracing::error!(%error, "cannot read the snapshot that is being sent");
+                Ok((Err(error), _)) => {
+                    tracing::error!(%error, "the snapshot that is being sent cannot be read");
                     return None;
                 }
                 Err(_) => return None,
             };
-            if data.is_empty() && header.is_none() {
-                return None;
-            }
-            let next = offset + u64::try_from(data.len()).unwrap_or(0);
-            let chunk = SnapshotChunk { header: header.unwrap_or_default(), data };
-            Some((chunk, (None, next)))
+            let chunk = SnapshotChunk { header, data: piece? };
+            Some((chunk, (Vec::new(), outgoing)))
         }
     })
 }

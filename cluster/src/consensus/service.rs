@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::checksum::Checked;
 use super::network::{from_message, to_message};
-use super::snapshot::SnapshotFile;
+use super::snapshot::{SnapshotData, SnapshotFile};
 use super::types::{MemberNode, Snapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::certificates;
 use crate::host::blocking;
@@ -285,7 +285,10 @@ impl RaftApi for RaftService {
         let answer = self
             .node
             .raft()
-            .install_full_snapshot(vote, Snapshot { meta, snapshot })
+            .install_full_snapshot(
+                vote,
+                Snapshot { meta, snapshot: SnapshotData::Received(snapshot) },
+            )
             .await
             .map_err(failed)?;
         Ok(Response::new(to_message(&answer)?))

@@ -1,94 +1,166 @@
-//! Snapshots as files: the state's rows in key order, table by table, read and written in pieces.
+//! Snapshots. A member keeps none: its state's database is one, and what it holds in files is as good
+//! for a start. One that is sent is read from a [`Checkpoint`] of it; one that is received is a file.
 //!
 //! Layout, numbers little-endian: `HFSNAP2\n`, length (4) and bytes of the meta (postcard of Raft's
-//! snapshot meta), then rows: table (1, its place in `Table::ALL`), key length (4), value length
-//! (4), key, value; then 0xff, the number of rows (8), and the CRC-32 of all before it (4).
+//! snapshot meta), then the state's rows in key order, table by table: table (1, its place in
+//! `Table::ALL`), key length (4), value length (4), key, value; then 0xff, the number of rows (8), and
+//! the CRC-32 of all before it (4).
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::state::meta;
 use super::types::SnapshotMeta;
 use crate::machine::{Table, decode, encode};
-use crate::storage::Db;
+use crate::storage::{Checkpoint, Db};
 
 const MAGIC: &[u8; 8] = b"HFSNAP2\n";
 const END: u8 = 0xff;
 /// Longer keys or values than the store allows mean damage; checked before memory is taken.
 const PART_MAX: usize = 64 << 20;
+/// Rows are sent in pieces of about this size, bytes.
+const PIECE: usize = 1 << 20;
 
-/// A snapshot's file, open for reading. The name may go while it is being sent.
+/// What Raft hands on as a snapshot.
+#[derive(Debug)]
+pub(crate) enum SnapshotData {
+    /// This member's own state. What is sent may be later than what Raft was told of it: all that it
+    /// holds is committed.
+    Own(Arc<Db>),
+    /// One that was received.
+    Received(SnapshotFile),
+}
+
+/// A snapshot on its way to another member, piece by piece.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    state: Checkpoint,
+    meta: SnapshotMeta,
+    sum: crc32fast::Hasher,
+    rows: u64,
+    at: Place,
+}
+
+/// Where the next piece begins.
+#[derive(Debug)]
+enum Place {
+    Head,
+    /// A table, and where in it.
+    Rows(usize, Vec<u8>),
+    Done,
+}
+
+impl Outgoing {
+    /// Of the state as it is now. Blocks.
+    pub(crate) fn of(db: &Db) -> io::Result<Self> {
+        let state = db.checkpoint()?;
+        let meta = state.view(meta)?;
+        Ok(Self { state, meta, sum: crc32fast::Hasher::new(), rows: 0, at: Place::Head })
+    }
+
+    /// What it holds.
+    pub(crate) fn meta(&self) -> &SnapshotMeta {
+        &self.meta
+    }
+
+    /// The next piece; None after the last. Blocks.
+    pub(crate) fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut piece = Vec::new();
+        let (mut number, mut from) = match std::mem::replace(&mut self.at, Place::Done) {
+            Place::Done => return Ok(None),
+            Place::Rows(number, from) => (number, from),
+            Place::Head => {
+                let head = encode(&self.meta)?;
+                piece.extend_from_slice(MAGIC);
+                piece.extend_from_slice(&length(&head)?);
+                piece.extend_from_slice(&head);
+                (0, Vec::new())
+            }
+        };
+        let rows = self.state.view(|view| {
+            let mut rows = 0;
+            while let Some(table) = Table::ALL.get(number) {
+                let start = std::mem::take(&mut from);
+                for row in view.all_rows(*table, &start)? {
+                    let (key, value) = row?;
+                    if piece.len() >= PIECE {
+                        from = key;
+                        return Ok(rows);
+                    }
+                    piece.push(u8::try_from(number).map_err(io::Error::other)?);
+                    piece.extend_from_slice(&length(&key)?);
+                    piece.extend_from_slice(&length(&value)?);
+                    piece.extend_from_slice(&key);
+                    piece.extend_from_slice(&value);
+                    rows += 1;
+                }
+                number += 1;
+            }
+            Ok(rows)
+        })?;
+        self.rows += rows;
+        if number < Table::ALL.len() {
+            self.at = Place::Rows(number, from);
+        } else {
+            piece.push(END);
+            piece.extend_from_slice(&self.rows.to_le_bytes());
+        }
+        self.sum.update(&piece);
+        if matches!(self.at, Place::Done) {
+            piece.extend_from_slice(&self.sum.clone().finalize().to_le_bytes());
+        }
+        Ok(Some(piece))
+    }
+}
+
+/// A received snapshot's file, removed with this handle.
 #[derive(Debug)]
 pub(crate) struct SnapshotFile {
-    pub(crate) path: PathBuf,
-    file: File,
-    /// A file that was received and is not kept: removed with this handle.
-    temporary: bool,
+    path: PathBuf,
 }
 
 impl SnapshotFile {
-    fn open(path: PathBuf) -> io::Result<Self> {
-        let file = File::open(&path)?;
-        Ok(Self { path, file, temporary: false })
-    }
-
     /// An empty file to receive into.
     pub(crate) fn receive(folder: &Path) -> io::Result<(Self, File)> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         fs::create_dir_all(folder)?;
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("receiving-{}-{number}", std::process::id()));
-        let writer = create(&path)?;
-        let file = File::open(&path)?;
-        Ok((Self { path, file, temporary: true }, writer))
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        Ok((Self { path }, file))
+    }
+
+    /// A member's state, received from itself.
+    pub(super) fn copy(db: &Db, folder: &Path) -> io::Result<Self> {
+        let (snapshot, mut file) = Self::receive(folder)?;
+        let mut outgoing = Outgoing::of(db)?;
+        while let Some(piece) = outgoing.next()? {
+            file.write_all(&piece)?;
+        }
+        Ok(snapshot)
     }
 
     /// Reads it through; answers its meta.
     pub(crate) fn verify(&self) -> io::Result<SnapshotMeta> {
         load(self, |_, _, _| Ok(()))
     }
-
-    /// Bytes at an offset; empty at the end.
-    pub(crate) fn chunk(&self, offset: u64, size: usize) -> io::Result<Vec<u8>> {
-        let mut chunk = vec![0; size];
-        let mut filled = 0;
-        while filled < size {
-            let at = offset + u64::try_from(filled).unwrap_or(u64::MAX);
-            match self.file.read_at(&mut chunk[filled..], at)? {
-                0 => break,
-                count => filled += count,
-            }
-        }
-        chunk.truncate(filled);
-        Ok(chunk)
-    }
 }
 
 impl Drop for SnapshotFile {
     fn drop(&mut self) {
-        if self.temporary {
-            let _ = fs::remove_file(&self.path);
-        }
+        let _ = fs::remove_file(&self.path);
     }
 }
 
-fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
-}
-
-/// Writes what goes through it into a checksum as well.
+/// Sums up what is read through it.
 struct Summed<T> {
     inner: T,
     sum: crc32fast::Hasher,
-}
-
-impl<T: Write> Summed<T> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.sum.update(bytes);
-        self.inner.write_all(bytes)
-    }
 }
 
 impl<T: Read> Summed<T> {
@@ -121,93 +193,19 @@ fn length(bytes: &[u8]) -> io::Result<[u8; 4]> {
         .map_err(|_| io::Error::other("a row is too large for a snapshot"))
 }
 
-fn kept(folder: &Path) -> PathBuf {
-    folder.join("current")
-}
-
-/// Writes a snapshot of the database's present state and makes it the one that is kept.
-/// `meta_of` reads the meta from the same view as the rows.
-pub(super) fn build(
-    db: &Db,
-    meta_of: impl Fn(&crate::storage::View<'_>) -> io::Result<SnapshotMeta>,
-) -> io::Result<(SnapshotMeta, SnapshotFile)> {
-    let folder = db.folder().join("snapshots");
-    fs::create_dir_all(&folder)?;
-    let building = folder.join("building");
-    let meta = db.view(|view| {
-        let meta = meta_of(view)?;
-        let file = create(&building)?;
-        let mut out = Summed {
-            inner: BufWriter::with_capacity(1 << 20, file),
-            sum: crc32fast::Hasher::new(),
-        };
-        let head = encode(&meta)?;
-        out.write(MAGIC)?;
-        out.write(&length(&head)?)?;
-        out.write(&head)?;
-        let mut rows = 0u64;
-        for (number, table) in (0u8..).zip(Table::ALL) {
-            for row in view.rows(table, b"")? {
-                let (key, value) = row?;
-                out.write(&[number])?;
-                out.write(&length(&key)?)?;
-                out.write(&length(&value)?)?;
-                out.write(&key)?;
-                out.write(&value)?;
-                rows += 1;
-            }
-        }
-        out.write(&[END])?;
-        out.write(&rows.to_le_bytes())?;
-        let sum = out.sum.clone().finalize();
-        out.inner.write_all(&sum.to_le_bytes())?;
-        let file = out.inner.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        Ok(meta)
-    })?;
-    keep(&folder, &building)?;
-    Ok((meta, SnapshotFile::open(kept(&folder))?))
-}
-
-/// Makes a complete file the one that is kept.
-pub(super) fn keep(folder: &Path, file: &Path) -> io::Result<()> {
-    fs::create_dir_all(folder)?;
-    fs::rename(file, kept(folder))?;
-    File::open(folder)?.sync_all()
-}
-
-/// The snapshot that is kept, if there is one.
-pub(super) fn current(folder: &Path) -> io::Result<Option<(SnapshotMeta, SnapshotFile)>> {
-    let snapshot = match SnapshotFile::open(kept(folder)) {
-        Ok(snapshot) => snapshot,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let mut reader = reader(&snapshot)?;
-    Ok(Some((head(&mut reader)?, snapshot)))
-}
-
-fn reader(snapshot: &SnapshotFile) -> io::Result<Summed<BufReader<File>>> {
-    let file = File::open(&snapshot.path)?;
-    Ok(Summed { inner: BufReader::with_capacity(1 << 20, file), sum: crc32fast::Hasher::new() })
-}
-
-fn head(reader: &mut Summed<BufReader<File>>) -> io::Result<SnapshotMeta> {
-    if reader.read::<8>()? != *MAGIC {
-        return Err(damaged("it does not begin as one"));
-    }
-    let size = reader.read::<4>()?;
-    decode(&reader.read_part(size)?)
-}
-
 /// Reads all of a snapshot, row by row, verifying its checksum. Rows are handed out before the
 /// checksum is known: the caller makes them count only when this returns.
 pub(super) fn load(
     snapshot: &SnapshotFile,
     mut row: impl FnMut(Table, &[u8], Vec<u8>) -> io::Result<()>,
 ) -> io::Result<SnapshotMeta> {
-    let mut reader = reader(snapshot)?;
-    let meta = head(&mut reader)?;
+    let file = BufReader::with_capacity(1 << 20, File::open(&snapshot.path)?);
+    let mut reader = Summed { inner: file, sum: crc32fast::Hasher::new() };
+    if reader.read::<8>()? != *MAGIC {
+        return Err(damaged("it does not begin as one"));
+    }
+    let size = reader.read::<4>()?;
+    let meta = decode(&reader.read_part(size)?)?;
     let mut rows = 0u64;
     loop {
         let [number] = reader.read::<1>()?;
@@ -234,12 +232,72 @@ pub(super) fn load(
 
 /// Removes what an interrupted run left.
 pub(crate) fn clean_up(folder: &Path) -> io::Result<()> {
-    let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name() != "current" {
-            fs::remove_file(entry.path())?;
-        }
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::ThisHost;
+    use crate::machine::Read;
+    use crate::storage::FolderLock;
+
+    type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+    #[test]
+    fn a_state_arrives_in_pieces_as_it_was_when_it_was_sent() -> Outcome {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path();
+        let db = Db::create(path, FolderLock::take(path)?, Arc::new(ThisHost))?;
+        // Rows that end with a piece, that are larger than one, and tables without any.
+        let sizes = [PIECE / 2, PIECE / 2, 3, PIECE + 7, 0, PIECE - 40];
+        let rows: Vec<(Table, Vec<u8>, Vec<u8>)> = [Table::Data, Table::Versions]
+            .into_iter()
+            .flat_map(|table| {
+                let row = move |(n, size): (u8, usize)| (table, vec![n; 10], vec![n; size]);
+                (0u8..).zip(sizes).map(row)
+            })
+            .collect();
+        db.write(|batch| {
+            rows.iter().try_for_each(|(table, key, value)| batch.set(*table, key, Some(value)))
+        })?;
+        let mut outgoing = Outgoing::of(&db)?;
+        db.write(|batch| {
+            batch.set(Table::Data, &[0; 10], None)?;
+            batch.set(Table::Dedup, b"later", Some(b"1"))
+        })?;
+        let (received, mut file) = SnapshotFile::receive(&path.join("snapshots"))?;
+        let (mut pieces, mut bytes) = (0, Vec::new());
+        while let Some(piece) = outgoing.next()? {
+            pieces += 1;
+            bytes.extend(piece);
+        }
+        assert!(pieces > 4, "{pieces}");
+        file.write_all(&bytes)?;
+        let mut arrived = Vec::new();
+        load(&received, |table, key, value| {
+            arrived.push((table, key.to_vec(), value));
+            Ok(())
+        })?;
+        assert!(arrived == rows, "{} rows", arrived.len());
+        assert!(db.view(|view| view.get(Table::Data, &[0; 10]))?.is_none());
+        // Cut off anywhere, or with a byte that is another: refused.
+        for end in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {
+            std::fs::write(&received.path, &bytes[..end])?;
+            assert!(received.verify().is_err(), "{end} bytes of {}", bytes.len());
+        }
+        for place in [3, 30, bytes.len() / 3, bytes.len() - 2] {
+            let mut changed = bytes.clone();
+            changed[place] ^= 1;
+            std::fs::write(&received.path, &changed)?;
+            assert!(received.verify().is_err(), "byte {place}");
+        }
+        drop((outgoing, received));
+        assert_eq!(std::fs::read_dir(path.join("snapshots"))?.count(), 0);
+        db.close();
+        Ok(())
+    }
 }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::checksum::Checksums;
 use super::recent::Recent;
-use super::snapshot::{self, SnapshotFile};
+use super::snapshot::{self, SnapshotData, SnapshotFile};
 use super::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::host::blocking;
 use crate::machine::{
@@ -115,7 +115,7 @@ impl StateMachine {
     }
 
     fn write(&self, changes: &Changes) -> io::Result<()> {
-        self.db.write_replayable(|batch| {
+        self.db.write(|batch| {
             for (table, key, value) in changes.iter() {
                 batch.set(table, key, value)?;
             }
@@ -152,6 +152,8 @@ impl StateMachine {
             batch.set(Table::Machine, APPLIED, applied.as_deref())?;
             batch.set(Table::Machine, MEMBERSHIP, Some(&encode(&meta.last_membership)?))
         })?;
+        // The leader counts this node as holding all of it from now on.
+        self.db.flush()?;
         self.db.drop_other_states()
     }
 }
@@ -171,12 +173,12 @@ pub(super) fn membership(view: &View<'_>) -> io::Result<StoredMembership> {
     Ok(stored.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default())
 }
 
-fn meta(view: &View<'_>) -> io::Result<SnapshotMeta> {
+pub(super) fn meta(view: &View<'_>) -> io::Result<SnapshotMeta> {
     Ok(SnapshotMeta { last_log_id: applied(view)?, last_membership: membership(view)? })
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
-    type SnapshotData = SnapshotFile;
+    type SnapshotData = SnapshotData;
     type SnapshotBuilder = Self;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
@@ -216,18 +218,17 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn install_snapshot(
         &mut self,
         meta: &SnapshotMeta,
-        snapshot: SnapshotFile,
+        snapshot: SnapshotData,
     ) -> Result<(), io::Error> {
         let (machine, meta) = (self.clone(), meta.clone());
-        let loaded =
-            blocking(self.db.host(), move || machine.load(&meta, &snapshot).map(|()| snapshot));
-        let snapshot = loaded.await??;
-        // The leader counts this node as holding all of it from now on. And before the file is kept:
-        // a start that finds it beside an older log could not go on.
-        self.db.durable().await?;
-        let folder = self.folder();
-        let kept = blocking(self.db.host(), move || snapshot::keep(&folder, &snapshot.path));
-        kept.await??;
+        let loaded = blocking(self.db.host(), move || {
+            let file = match snapshot {
+                SnapshotData::Received(file) => file,
+                SnapshotData::Own(of) => SnapshotFile::copy(&of, &machine.folder())?,
+            };
+            machine.load(&meta, &file)
+        });
+        loaded.await??;
         let applied = self.db.view(position)?;
         self.recent.reset(applied.revision);
         self.applied.send_replace(applied);
@@ -235,25 +236,25 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let current = snapshot::current(&self.folder())?;
-        Ok(current.map(|(meta, snapshot)| Snapshot { meta, snapshot }))
+        let meta = self.db.view(meta)?;
+        let snapshot = SnapshotData::Own(self.db.clone());
+        Ok(meta.last_log_id.is_some().then_some(Snapshot { meta, snapshot }))
     }
 }
 
 impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
-    type SnapshotData = SnapshotFile;
+    type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let db = self.db.clone();
         let built = blocking(self.db.host(), move || {
             let logged = db.logged_bytes();
-            let built = snapshot::build(&db, meta)?;
+            let meta = db.view(meta)?;
             // Raft cuts the log off up to here, and would have nothing to bring the state back with.
             db.flush()?;
             db.log_is_held(logged);
-            Ok::<_, io::Error>(built)
+            Ok::<_, io::Error>(meta)
         });
-        let (meta, snapshot) = built.await??;
-        Ok(Snapshot { meta, snapshot })
+        Ok(Snapshot { meta: built.await??, snapshot: SnapshotData::Own(self.db.clone()) })
     }
 }

@@ -52,4 +52,4 @@ pub(crate) type Membership = openraft::Membership<u64, MemberNode>;
 pub(crate) type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
 pub(crate) type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
 pub(crate) type Snapshot =
-    openraft::type_config::alias::SnapshotOf<TypeConfig, super::snapshot::SnapshotFile>;
+    openraft::type_config::alias::SnapshotOf<TypeConfig, super::snapshot::SnapshotData>;

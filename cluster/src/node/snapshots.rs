@@ -1,33 +1,24 @@
-//! When a member writes a snapshot and cuts its log off. The state is in the database anyway; a
-//! snapshot writes all of it out once more, so the log grows as large as that before.
-
-use std::io;
+//! When a member writes its state out and cuts its log off. Nothing is written twice for it: the
+//! state's database is the snapshot.
 
 use super::Node;
 use crate::consensus::lead;
-use crate::machine::{kept, used_bytes};
 
 /// One turn, once a second.
 pub(super) async fn keep(node: &Node) {
-    if lead::look(&node.raft, lead::since_snapshot) < node.config.snapshot_every {
+    if lead::look(&node.raft, lead::since_snapshot) < node.config.snapshot_every || !is_due(node) {
         return;
     }
-    match is_due(node) {
-        Ok(false) => {}
-        Ok(true) => {
-            if let Err(error) = node.raft.trigger().snapshot().await {
-                tracing::debug!(%error, "Raft has ended, and makes no snapshot");
-            }
-        }
-        Err(error) => tracing::error!(%error, "how large the state is cannot be read"),
+    if let Err(error) = node.raft.trigger().snapshot().await {
+        tracing::debug!(%error, "Raft has ended, and makes no snapshot");
     }
 }
 
-/// Where the disk is full the log cannot grow any more, and is cut off all the same; but not where a
-/// snapshot would fill the rest.
-fn is_due(node: &Node) -> io::Result<bool> {
-    let (state, history) = node.db.view(|view| Ok((used_bytes(view)?, kept(view)?.bytes)))?;
-    let has_room = node.db.free_bytes().is_none_or(|free| free > 2 * (state + history));
-    let is_long = node.db.logged_bytes() >= state.max(node.config.snapshot_bytes);
-    Ok(has_room && (is_long || node.db.disk_low()))
+/// Where the disk is full the log cannot grow any more, and is cut off all the same; but not where
+/// what is only in memory of the state would fill the rest.
+fn is_due(node: &Node) -> bool {
+    let logged = node.db.logged_bytes();
+    let is_long = logged >= node.config.snapshot_bytes;
+    let has_room = node.db.free_bytes().is_none_or(|free| free > logged.saturating_mul(4));
+    has_room && (is_long || node.db.disk_low())
 }

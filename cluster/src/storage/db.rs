@@ -1,74 +1,44 @@
-//! The database. Rows of the state machine's tables are stored under the number of the state they
-//! belong to (4 bytes BE before the key): a snapshot is loaded beside the running state under the
-//! next number, and one small batch makes it the current one. A crash in between leaves rows of a
-//! number that is not current; opening removes them.
+//! The databases. Raft's log and vote are in one, whose write-ahead log is what is synced; the state
+//! machine's tables are in another, which has none: an end without [`Db::close`] throws the state
+//! back to where it last reached its files, and Raft applies the log from there again. So the log may
+//! only be cut off up to where the state is durable ([`Db::flush`]); and what the state's files hold
+//! is durable in the log before: an entry that was applied and then lost could come back as another.
 //!
-//! Raft's log is in RocksDB's write-ahead log, and what an entry changes in the state is not
-//! ([`Db::write_replayable`]): an end without [`Db::close`] throws the state back to where all
-//! families last reached their files together, and Raft applies the log from there again. So the
-//! log may only be cut off up to where the state is durable ([`Db::flush`]).
+//! Rows of the tables are stored under the number of the state they belong to (4 bytes BE before the
+//! key): a snapshot is loaded beside the running state under the next number, and one small batch
+//! makes it the current one. A crash in between leaves rows of a number that is not current; opening
+//! removes them.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, FlushOptions,
-    IteratorMode, Options, ReadOptions, SnapshotWithThreadMode, WriteBatch, WriteOptions,
-};
+use rocksdb::{ColumnFamily, DB, FlushOptions, WriteBatch, WriteOptions};
 
 use super::FolderLock;
+use super::batch::{Batch, LogBatch};
+use super::checkpoint::Checkpoint;
+use super::families::{
+    check, leave_bottommost_files, log_families, log_handles, log_options, state_families,
+    state_handles, state_options,
+};
+use super::view::{LogView, View};
 use crate::OpenError;
 use crate::host::{GroupCommit, Host};
-use crate::machine::{self, Read, Table};
 
-/// Column families.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cf {
-    /// Raft log entries by index (8 bytes BE).
-    Log,
-    /// Raft's own small state: vote, committed, purged.
-    Vote,
-    /// A table of the state machine.
-    Table(Table),
-    /// Format, number of the current state, boot.
-    Local,
-}
+/// The folders of the two databases in a data folder.
+pub(crate) const LOG: &str = "log";
+pub(crate) const STATE: &str = "db";
 
-impl Cf {
-    pub(super) const ALL: [Self; 8] = [
-        Self::Local,
-        Self::Log,
-        Self::Vote,
-        Self::Table(Table::Data),
-        Self::Table(Table::Journal),
-        Self::Table(Table::Versions),
-        Self::Table(Table::Dedup),
-        Self::Table(Table::Machine),
-    ];
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Local => "default",
-            Self::Log => "log",
-            Self::Vote => "vote",
-            Self::Table(Table::Data) => "data",
-            Self::Table(Table::Journal) => "journal",
-            Self::Table(Table::Versions) => "versions",
-            Self::Table(Table::Dedup) => "dedup",
-            Self::Table(Table::Machine) => "machine",
-        }
-    }
-}
-
-const FORMAT: &[u8] = b"5";
-/// Of what is read from files, so much stays in memory.
-const CACHE_BYTES: usize = 32 << 20;
+const FORMAT: &[u8] = b"6";
 /// With less room than this nothing at all is written any more.
 const LAST_BYTES: u64 = 4 << 20;
+/// More than this of the state is not left in memory only. (A snapshot, which does the same, comes
+/// earlier unless very much is written at once.)
+const UNFLUSHED_BYTES: u64 = 48 << 20;
 
-/// The open database; shared, and closed once by [`Db::close`].
+/// The open databases; shared, and closed once by [`Db::close`].
 pub(crate) struct Db {
     folder: PathBuf,
     host: Arc<dyn Host>,
@@ -77,14 +47,17 @@ pub(crate) struct Db {
     closing: AtomicBool,
     /// See [`Db::logged_bytes`].
     logged: AtomicU64,
+    /// What the state's batches held since it was last written out, bytes.
+    unflushed: AtomicU64,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
     pub(crate) lost_tail: bool,
 }
 
 struct Open {
-    // Dropped in this order: what waits for an fsync, the database, the folder's lock.
+    // Dropped in this order: what waits for an fsync, the databases, the folder's lock.
     flusher: Box<dyn GroupCommit>,
-    rocks: Arc<DB>,
+    log: Arc<DB>,
+    state: Arc<DB>,
     _lock: FolderLock,
 }
 
@@ -140,23 +113,28 @@ impl Db {
         new: bool,
     ) -> Result<Self, OpenError> {
         let fail = |error: io::Error| open_error(folder, &error);
-        let path = folder.join("db");
-        let rocks = DB::open_cf_descriptors(&db_options(new), &path, families())
-            .map_err(|error| fail(io_error(error)))?;
-        leave_bottommost_files(&rocks).map_err(fail)?;
-        let rocks = Arc::new(rocks);
-        let logged = check(&rocks).map_err(fail)?;
-        let lost_tail = begin(&rocks, folder, host.boot_id(), new)?;
-        let synced = rocks.clone();
+        let opened = |options, part, families| {
+            DB::open_cf_descriptors(&options, folder.join(part), families)
+                .map_err(|error| fail(io_error(error)))
+        };
+        let state = Arc::new(opened(state_options(new), STATE, state_families())?);
+        let log = Arc::new(opened(log_options(new), LOG, log_families())?);
+        for (rocks, handles) in [(&state, state_handles(&state)), (&log, log_handles(&log))] {
+            leave_bottommost_files(rocks, &handles.map_err(fail)?).map_err(fail)?;
+        }
+        let logged = check(&log, &state).map_err(fail)?;
+        let lost_tail = begin(&log, folder, host.boot_id(), new)?;
+        let synced = log.clone();
         let sync = Box::new(move || synced.flush_wal(true).map_err(io_error));
         let flusher = host.group_commit(folder, sync).map_err(fail)?;
         let db = Self {
             folder: folder.to_owned(),
             host,
-            open: RwLock::new(Some(Open { flusher, rocks, _lock: lock })),
+            open: RwLock::new(Some(Open { flusher, log, state, _lock: lock })),
             disk_low: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             logged: AtomicU64::new(logged),
+            unflushed: AtomicU64::new(0),
             lost_tail,
         };
         db.drop_other_states().map_err(fail)?;
@@ -196,46 +174,71 @@ impl Db {
         &self.folder
     }
 
-    /// Reads from one consistent view.
+    /// Reads the state from one consistent view.
     pub(crate) fn view<T>(&self, f: impl FnOnce(&View<'_>) -> io::Result<T>) -> io::Result<T> {
-        self.with(|open| f(&View::of(open.rocks.as_ref())?))
+        self.with(|open| f(&View::of(open.state.as_ref())?))
     }
 
-    /// Collects changes and writes them as one batch. Durable with the next fsync.
-    pub(crate) fn write(&self, f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>) -> io::Result<()> {
-        self.write_with(&WriteOptions::default(), f)
+    /// Reads the log.
+    pub(crate) fn log<T>(&self, f: impl FnOnce(&LogView<'_>) -> io::Result<T>) -> io::Result<T> {
+        self.with(|open| f(&LogView(open.log.as_ref())))
     }
 
-    /// The same for changes of the current state that the log brings again. Durable with [`Db::flush`].
-    pub(crate) fn write_replayable(
+    /// The state as it is now, beside the one that goes on.
+    pub(crate) fn checkpoint(&self) -> io::Result<Checkpoint> {
+        self.with(|open| {
+            flush(open, &self.unflushed)?;
+            Checkpoint::take(&open.state, &self.folder.join("snapshots"))
+        })
+    }
+
+    /// Collects changes of the log and writes them as one batch. Durable with the next fsync.
+    pub(crate) fn write_log(
         &self,
-        f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        self.write_with(&options, f)
-    }
-
-    fn write_with(
-        &self,
-        options: &WriteOptions,
-        f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>,
+        f: impl FnOnce(&mut LogBatch<'_>) -> io::Result<()>,
     ) -> io::Result<()> {
         self.with(|open| {
-            let current = open.rocks.get(b"state").map_err(io_error)?;
+            let mut batch = LogBatch { rocks: &open.log, batch: WriteBatch::default() };
+            f(&mut batch)?;
+            open.log.write(batch.batch).map_err(io_error)
+        })
+    }
+
+    /// Collects changes of the state, which the log brings again, and writes them as one batch.
+    /// Durable with [`Db::flush`].
+    pub(crate) fn write(&self, f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>) -> io::Result<()> {
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.with(|open| {
+            let current = open.state.get(b"state").map_err(io_error)?;
             let mut batch = Batch {
-                rocks: &open.rocks,
+                rocks: &open.state,
                 batch: WriteBatch::default(),
                 state: state_number(current)?,
             };
             f(&mut batch)?;
-            open.rocks.write_opt(batch.batch, options).map_err(io_error)
+            let bytes = u64::try_from(batch.batch.size_in_bytes()).unwrap_or(u64::MAX);
+            open.state.write_opt(batch.batch, &options).map_err(io_error)?;
+            let before = self.unflushed.fetch_add(bytes, Ordering::Relaxed);
+            if before.saturating_add(bytes) > UNFLUSHED_BYTES {
+                flush(open, &self.unflushed)?;
+            }
+            Ok(())
         })
     }
 
-    /// Writes everything out to files, all families at one point, and waits for it; blocks.
+    /// Writes the state out to files, all tables at one point, after the log; waits for it, blocks.
     pub(crate) fn flush(&self) -> io::Result<()> {
-        self.with(|open| flush(&open.rocks))
+        self.with(|open| flush(open, &self.unflushed))
+    }
+
+    /// Begins to write what is left of the log out to files, so that its write-ahead log can go.
+    pub(crate) fn flush_log(&self) -> io::Result<()> {
+        self.with(|open| {
+            let mut options = FlushOptions::default();
+            options.set_wait(false);
+            flush_families(&open.log, &log_handles(&open.log)?, &options)
+        })
     }
 
     /// Calls `done` when everything written before is durable.
@@ -300,9 +303,9 @@ impl Db {
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let end = || {
-                flush(&open.rocks)?;
-                open.rocks.put(b"closed", b"1").map_err(io_error)?;
-                open.rocks.flush_wal(true).map_err(io_error)
+                flush(&open, &self.unflushed)?;
+                open.log.put(b"closed", b"1").map_err(io_error)?;
+                open.log.flush_wal(true).map_err(io_error)
             };
             if let Err(error) = end() {
                 tracing::error!(%error, "the database could not be written out at its end");
@@ -312,28 +315,20 @@ impl Db {
 
     /// What a power loss may have taken of the log's end is known to be here again.
     pub(crate) fn tail_is_back(&self) -> io::Result<()> {
-        self.with(|open| open.rocks.delete(b"lost").map_err(io_error))
+        self.with(|open| open.log.delete(b"lost").map_err(io_error))
     }
 
     /// Removes rows of states that are not current.
     pub(crate) fn drop_other_states(&self) -> io::Result<()> {
-        self.write(|batch| {
-            let (current, after) = (batch.state.to_be_bytes(), next(batch.state)?.to_be_bytes());
-            for table in Table::ALL {
-                let cf = handle(batch.rocks, Cf::Table(table))?;
-                batch.batch.delete_range_cf(cf, [0; 4].as_slice(), &current);
-                batch.batch.delete_range_cf(cf, after.as_slice(), &[0xff; 5]);
-            }
-            Ok(())
-        })
+        self.write(|batch| batch.drop_other_states())
     }
 }
 
-fn next(state: u32) -> io::Result<u32> {
+pub(super) fn next(state: u32) -> io::Result<u32> {
     state.checked_add(1).ok_or_else(|| io::Error::other("no more state numbers"))
 }
 
-fn state_number(stored: Option<Vec<u8>>) -> io::Result<u32> {
+pub(super) fn state_number(stored: Option<Vec<u8>>) -> io::Result<u32> {
     match stored {
         None => Ok(0),
         Some(bytes) => {
@@ -344,84 +339,20 @@ fn state_number(stored: Option<Vec<u8>>) -> io::Result<u32> {
     }
 }
 
-fn handle(rocks: &DB, cf: Cf) -> io::Result<&ColumnFamily> {
-    rocks
-        .cf_handle(cf.name())
-        .ok_or_else(|| io::Error::other(format!("column family {} is missing", cf.name())))
-}
-
-fn flush(rocks: &DB) -> io::Result<()> {
-    let families: io::Result<Vec<_>> = Cf::ALL.into_iter().map(|cf| handle(rocks, cf)).collect();
-    rocks.flush_cfs_opt(&families?, &FlushOptions::default()).map_err(io_error)
-}
-
-pub(super) fn db_options(new: bool) -> Options {
-    let mut options = Options::default();
-    options.create_if_missing(new);
-    options.create_missing_column_families(new);
-    // All families reach their files together, so that no file is ahead of another after a crash.
-    options.set_atomic_flush(true);
-    options.set_max_total_wal_size(64 << 20);
-    options.set_keep_log_file_num(4);
-    options.set_max_log_file_size(4 << 20);
-    options
-}
-
-/// RocksDB writes each family's lowest files anew once no reader of older states is left, to forget
-/// the numbers of their rows; there is always one soon. It may be left for as long as this, s.
-const BOTTOMMOST_DELAY: &str = "86400";
-
-fn leave_bottommost_files(rocks: &DB) -> io::Result<()> {
-    for cf in Cf::ALL {
-        let options = [("bottommost_file_compaction_delay", BOTTOMMOST_DELAY)];
-        rocks.set_options_cf(handle(rocks, cf)?, &options).map_err(io_error)?;
-    }
+/// The log first: see above.
+fn flush(open: &Open, unflushed: &AtomicU64) -> io::Result<()> {
+    open.log.flush_wal(true).map_err(io_error)?;
+    // What is written meanwhile counts for the next time, though it may be in this one.
+    let bytes = unflushed.load(Ordering::Relaxed);
+    flush_families(&open.state, &state_handles(&open.state)?, &FlushOptions::default())?;
+    let less = |all: u64| Some(all.saturating_sub(bytes));
+    // It never fails: there is always a next value.
+    let _ = unflushed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     Ok(())
 }
 
-/// All families, which share a cache.
-pub(super) fn families() -> Vec<ColumnFamilyDescriptor> {
-    let cache = Cache::new_lru_cache(CACHE_BYTES);
-    let family = |cf: Cf| ColumnFamilyDescriptor::new(cf.name(), cf_options(cf, &cache));
-    Cf::ALL.into_iter().map(family).collect()
-}
-
-fn cf_options(cf: Cf, cache: &Cache) -> Options {
-    let mut options = Options::default();
-    options.set_compression_type(rocksdb::DBCompressionType::Lz4);
-    options.set_write_buffer_size(16 << 20);
-    // Who writes does not wait for one that is on its way to a slow disk.
-    options.set_max_write_buffer_number(4);
-    // Taken at once, by each family, however little it gets.
-    options.set_arena_block_size(128 << 10);
-    let mut table = BlockBasedOptions::default();
-    table.set_block_cache(cache);
-    if matches!(cf, Cf::Log) {
-        // Read again after a crash only, and gone with the next snapshot.
-        options.set_compression_type(rocksdb::DBCompressionType::None);
-    }
-    if matches!(cf, Cf::Table(Table::Data | Table::Dedup | Table::Machine)) {
-        // Each new key is looked for first, and is nowhere.
-        table.set_bloom_filter(10.0, false);
-    }
-    options.set_block_based_table_factory(&table);
-    options
-}
-
-/// Reads everything once; checksums are verified on the way. The answer is how many bytes the log has.
-pub(super) fn check(rocks: &DB) -> io::Result<u64> {
-    let mut logged = 0;
-    for cf in Cf::ALL {
-        let mut options = ReadOptions::default();
-        options.fill_cache(false);
-        for row in rocks.iterator_cf_opt(handle(rocks, cf)?, options, IteratorMode::Start) {
-            let (_, value) = row.map_err(io_error)?;
-            if matches!(cf, Cf::Log) {
-                logged += u64::try_from(value.len()).unwrap_or(0);
-            }
-        }
-    }
-    Ok(logged)
+fn flush_families(rocks: &DB, handles: &[&ColumnFamily], options: &FlushOptions) -> io::Result<()> {
+    rocks.flush_cfs_opt(handles, options).map_err(io_error)
 }
 
 /// Marks the database as in use; answers whether an unsynced tail may have been lost.
@@ -484,177 +415,5 @@ pub(super) fn open_error(folder: &Path, error: &io::Error) -> OpenError {
                 "cannot be opened ({detail}); if files are missing, remove this node from the cluster, empty its data folder and join again"
             ),
         }
-    }
-}
-
-/// A row outside the state machine's tables: key and value.
-type RawRow = (Box<[u8]>, Box<[u8]>);
-/// A row of a table: key and value.
-type Row = (Vec<u8>, Box<[u8]>);
-
-/// A consistent view of everything.
-pub(crate) struct View<'a> {
-    rocks: &'a DB,
-    snapshot: SnapshotWithThreadMode<'a, DB>,
-    state: u32,
-}
-
-impl<'a> View<'a> {
-    pub(super) fn of(rocks: &'a DB) -> io::Result<Self> {
-        let snapshot = rocks.snapshot();
-        let state = state_number(snapshot.get(b"state").map_err(io_error)?)?;
-        Ok(Self { rocks, snapshot, state })
-    }
-
-    /// A row outside the state machine's tables.
-    pub(crate) fn raw(&self, cf: Cf, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        self.snapshot.get_cf(handle(self.rocks, cf)?, key).map_err(io_error)
-    }
-
-    /// Rows of a family outside the tables, from a key on.
-    pub(crate) fn raw_from(
-        &self,
-        cf: Cf,
-        from: &[u8],
-    ) -> io::Result<impl Iterator<Item = io::Result<RawRow>>> {
-        let mode = IteratorMode::From(from, Direction::Forward);
-        let rows = self.snapshot.iterator_cf(handle(self.rocks, cf)?, mode);
-        Ok(rows.map(|row| row.map_err(io_error)))
-    }
-
-    /// The last row of a family outside the tables.
-    pub(crate) fn raw_last(&self, cf: Cf) -> io::Result<Option<RawRow>> {
-        let mut rows = self.snapshot.iterator_cf(handle(self.rocks, cf)?, IteratorMode::End);
-        rows.next().transpose().map_err(io_error)
-    }
-
-    /// Rows of a table from a key on, without their number.
-    pub(crate) fn rows(
-        &self,
-        table: Table,
-        from: &[u8],
-    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
-        self.rows_with(table, from, None, ReadOptions::default())
-    }
-
-    /// All rows of a table, past the cache: reading everything once does not push out what is
-    /// read often.
-    pub(crate) fn all_rows(
-        &self,
-        table: Table,
-    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
-        let mut options = ReadOptions::default();
-        options.fill_cache(false);
-        self.rows_with(table, b"", None, options)
-    }
-
-    fn rows_with(
-        &self,
-        table: Table,
-        from: &[u8],
-        to: Option<&[u8]>,
-        mut options: ReadOptions,
-    ) -> io::Result<impl Iterator<Item = io::Result<Row>>> {
-        let state = self.state.to_be_bytes();
-        let start = [state.as_slice(), from].concat();
-        // The database itself looks no further: there may be many removed rows on the way.
-        options.set_iterate_upper_bound(match to {
-            Some(to) => [state.as_slice(), to].concat(),
-            None => next(self.state)?.to_be_bytes().to_vec(),
-        });
-        let rows = self.snapshot.iterator_cf_opt(
-            handle(self.rocks, Cf::Table(table))?,
-            options,
-            IteratorMode::From(&start, Direction::Forward),
-        );
-        Ok(rows.map(|row| {
-            let (key, value) = row.map_err(io_error)?;
-            Ok((key.get(4..).unwrap_or_default().to_vec(), value))
-        }))
-    }
-}
-
-impl Read for View<'_> {
-    fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        self.raw(Cf::Table(table), &[self.state.to_be_bytes().as_slice(), key].concat())
-    }
-
-    fn scan(
-        &self,
-        table: Table,
-        from: &[u8],
-        to: Option<&[u8]>,
-        limit: usize,
-    ) -> io::Result<Vec<machine::Row>> {
-        let mut found = Vec::new();
-        for row in self.rows_with(table, from, to, ReadOptions::default())?.take(limit) {
-            let (key, value) = row?;
-            found.push((key, value.into_vec()));
-        }
-        Ok(found)
-    }
-
-    fn scan_back(
-        &self,
-        table: Table,
-        from: &[u8],
-        to: &[u8],
-        limit: usize,
-    ) -> io::Result<Vec<machine::Row>> {
-        let state = self.state.to_be_bytes();
-        let bound = |key: &[u8]| [state.as_slice(), key].concat();
-        let mut options = ReadOptions::default();
-        options.set_iterate_lower_bound(bound(from));
-        options.set_iterate_upper_bound(bound(to));
-        let cf = handle(self.rocks, Cf::Table(table))?;
-        let rows = self.snapshot.iterator_cf_opt(cf, options, IteratorMode::End);
-        rows.take(limit)
-            .map(|row| {
-                let (key, value) = row.map_err(io_error)?;
-                Ok((key.get(4..).unwrap_or_default().to_vec(), value.into_vec()))
-            })
-            .collect()
-    }
-}
-
-/// Changes that are written together.
-pub(crate) struct Batch<'a> {
-    rocks: &'a DB,
-    batch: WriteBatch,
-    state: u32,
-}
-
-impl Batch<'_> {
-    /// Sets a row outside the tables.
-    pub(crate) fn put(&mut self, cf: Cf, key: &[u8], value: &[u8]) -> io::Result<()> {
-        self.batch.put_cf(handle(self.rocks, cf)?, key, value);
-        Ok(())
-    }
-    /// Removes rows outside the tables, `from <= key < to`.
-    pub(crate) fn delete_range(&mut self, cf: Cf, from: &[u8], to: &[u8]) -> io::Result<()> {
-        self.batch.delete_range_cf(handle(self.rocks, cf)?, from, to);
-        Ok(())
-    }
-    /// Sets a row of a table (None: removes it) in the current state.
-    pub(crate) fn set(&mut self, table: Table, key: &[u8], value: Option<&[u8]>) -> io::Result<()> {
-        let cf = handle(self.rocks, Cf::Table(table))?;
-        let key = [self.state.to_be_bytes().as_slice(), key].concat();
-        match value {
-            Some(value) => self.batch.put_cf(cf, key, value),
-            None => self.batch.delete_cf(cf, key),
-        }
-        Ok(())
-    }
-    /// Sets a row in the state after the current one, which nobody reads yet.
-    pub(crate) fn set_in_next(&mut self, table: Table, key: &[u8], value: &[u8]) -> io::Result<()> {
-        let key = [next(self.state)?.to_be_bytes().as_slice(), key].concat();
-        self.batch.put_cf(handle(self.rocks, Cf::Table(table))?, key, value);
-        Ok(())
-    }
-    /// Makes the next state the current one; `set` goes there from here on.
-    pub(crate) fn switch_to_next(&mut self) -> io::Result<()> {
-        self.state = next(self.state)?;
-        self.batch.put(b"state", self.state.to_be_bytes());
-        Ok(())
     }
 }

@@ -6,12 +6,15 @@ use std::path::Path;
 
 use rocksdb::DB;
 
-use super::db::{View, check, db_options, families, io_error, look, open_error};
+use super::db::{LOG, STATE, io_error, look, open_error};
+use super::families::{check, log_families, log_options, state_families, state_options};
+use super::view::{LogView, View};
 use crate::OpenError;
 
-/// A database that is only read. The folder must be locked meanwhile.
+/// A member's databases that are only read. The folder must be locked meanwhile.
 pub(crate) struct Frozen {
-    rocks: DB,
+    log: DB,
+    state: DB,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
     pub(crate) lost_tail: bool,
 }
@@ -23,27 +26,37 @@ impl std::fmt::Debug for Frozen {
 }
 
 impl Frozen {
-    /// Opens it and reads all of it once, so that damage is found now. `boot`: of this machine, now.
+    /// Opens them and reads all of it once, so that damage is found now. `boot`: of this machine, now.
     pub(crate) fn open(folder: &Path, boot: &str) -> Result<Self, OpenError> {
         let fail = |error: io::Error| open_error(folder, &error);
-        let (options, path) = (db_options(false), folder.join("db"));
         // RocksDB would make a folder for its own log before it finds that there is none.
-        if !path.join("CURRENT").exists() {
-            return Err(OpenError::Unusable {
-                path,
-                detail: "is not there, or not whole: this node's copy is lost; recover another node, or restore a backup".to_owned(),
-            });
+        for path in [folder.join(STATE), folder.join(LOG)] {
+            if !path.join("CURRENT").exists() {
+                return Err(OpenError::Unusable {
+                    path,
+                    detail: "is not there, or not whole: this node's copy is lost; recover another node, or restore a backup".to_owned(),
+                });
+            }
         }
-        let rocks = DB::open_cf_descriptors_read_only(&options, path, families(), false)
-            .map_err(|error| fail(io_error(error)))?;
-        check(&rocks).map_err(fail)?;
-        let lost_tail = look(&rocks, folder, boot)?;
-        Ok(Self { rocks, lost_tail })
+        let opened = |options, part, families| {
+            DB::open_cf_descriptors_read_only(&options, folder.join(part), families, false)
+                .map_err(|error| fail(io_error(error)))
+        };
+        let state = opened(state_options(false), STATE, state_families())?;
+        let log = opened(log_options(false), LOG, log_families())?;
+        check(&log, &state).map_err(fail)?;
+        let lost_tail = look(&log, folder, boot)?;
+        Ok(Self { log, state, lost_tail })
     }
 
-    /// Reads from it.
+    /// Reads the state.
     pub(crate) fn view<T>(&self, f: impl FnOnce(&View<'_>) -> io::Result<T>) -> io::Result<T> {
-        f(&View::of(&self.rocks)?)
+        f(&View::of(&self.state)?)
+    }
+
+    /// Reads the log.
+    pub(crate) fn log(&self) -> LogView<'_> {
+        LogView(&self.log)
     }
 }
 
@@ -86,10 +99,12 @@ mod tests {
     /// A copy of a running member's database: what its process leaves when it is killed.
     fn killed(folder: &Path) -> Result<(tempfile::TempDir, Frozen), Box<dyn std::error::Error>> {
         let copy = tempfile::tempdir()?;
-        std::fs::create_dir(copy.path().join("db"))?;
-        for entry in std::fs::read_dir(folder.join("db"))? {
-            let entry = entry?;
-            std::fs::copy(entry.path(), copy.path().join("db").join(entry.file_name()))?;
+        for part in [LOG, STATE] {
+            std::fs::create_dir(copy.path().join(part))?;
+            for entry in std::fs::read_dir(folder.join(part))? {
+                let entry = entry?;
+                std::fs::copy(entry.path(), copy.path().join(part).join(entry.file_name()))?;
+            }
         }
         let frozen = Frozen::open(copy.path(), "one")?;
         Ok((copy, frozen))
@@ -100,10 +115,11 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let path = folder.path();
         let db = Db::create(path, FolderLock::take(path)?, Arc::new(Boot("one")))?;
-        db.write(|batch| batch.put(Cf::Log, b"entry", b"1"))?;
-        db.write_replayable(|batch| batch.set(Table::Data, b"a", Some(b"1")))?;
+        db.write_log(|batch| batch.put(Cf::Log, b"entry", b"1"))?;
+        db.write(|batch| batch.set(Table::Data, b"a", Some(b"1")))?;
         let rows = |frozen: &Frozen| {
-            frozen.view(|view| Ok((view.raw(Cf::Log, b"entry")?, view.get(Table::Data, b"a")?)))
+            let entry = frozen.log().get(Cf::Log, b"entry")?;
+            frozen.view(|view| Ok((entry, view.get(Table::Data, b"a")?)))
         };
         let (_copy, frozen) = killed(path)?;
         assert_eq!(rows(&frozen)?, (Some(b"1".to_vec()), None));
@@ -111,7 +127,7 @@ mod tests {
         let (_copy, frozen) = killed(path)?;
         assert_eq!(rows(&frozen)?, (Some(b"1".to_vec()), Some(b"1".to_vec())));
         // An end in order leaves nothing to be applied again.
-        db.write_replayable(|batch| batch.set(Table::Data, b"a", Some(b"2")))?;
+        db.write(|batch| batch.set(Table::Data, b"a", Some(b"2")))?;
         db.close();
         let (_copy, frozen) = killed(path)?;
         assert_eq!(rows(&frozen)?.1, Some(b"2".to_vec()));
@@ -125,6 +141,7 @@ mod tests {
         let path = folder.path();
         let db = Db::create(path, FolderLock::take(path)?, Arc::new(Boot("one")))?;
         db.write(|batch| batch.set(Table::Data, b"a", Some(b"1")))?;
+        db.flush()?;
         // The power goes: it is not closed.
         drop(db);
         for _ in 0..2 {
@@ -146,7 +163,7 @@ mod tests {
         assert!(!Frozen::open(path, "three")?.lost_tail, "it was closed");
         let none = tempfile::tempdir()?;
         assert!(Frozen::open(none.path(), "one").is_err());
-        assert!(!none.path().join("db").exists(), "it makes none");
+        assert_eq!(std::fs::read_dir(none.path())?.count(), 0, "it makes none");
         Ok(())
     }
 }

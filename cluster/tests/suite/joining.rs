@@ -276,7 +276,7 @@ fn one_agent_per_data_folder_and_no_damaged_database() -> Outcome {
     }
     lab.nodes[0].stop();
     let runtime = tokio::runtime::Runtime::new()?;
-    // A second open and close writes the log's rows into table files.
+    // A second one, so that it is opened from table files.
     let Opened::Member(cluster) = runtime.block_on(open(config.clone()))? else {
         return Err("not a member".into());
     };
@@ -300,18 +300,23 @@ fn one_agent_per_data_folder_and_no_damaged_database() -> Outcome {
     };
     assert!(error.to_string().contains("join again"), "{error}");
     // A member without its database must not start from nothing: it would give its vote twice.
-    let database = config.data_dir.join("db");
-    std::fs::remove_file(database.join("CURRENT"))?;
-    let nameless = runtime.block_on(open(config.clone()));
-    assert!(matches!(nameless, Err(OpenError::Unusable { .. })), "{nameless:?}");
-    // Moved, not removed: what failed to open may still be closing its files.
-    std::fs::rename(&database, config.data_dir.join("gone"))?;
-    std::fs::create_dir(&database)?;
-    let empty = runtime.block_on(open(config.clone()));
-    assert!(matches!(empty, Err(OpenError::Unusable { .. })), "{empty:?}");
-    std::fs::remove_dir_all(&database)?;
-    let missing = runtime.block_on(open(config));
-    assert!(matches!(missing, Err(OpenError::Unusable { .. })), "{missing:?}");
+    for part in ["log", "db"] {
+        let (database, gone) = (config.data_dir.join(part), config.data_dir.join("gone"));
+        let name = std::fs::read(database.join("CURRENT"))?;
+        std::fs::remove_file(database.join("CURRENT"))?;
+        let nameless = runtime.block_on(open(config.clone()));
+        assert!(matches!(nameless, Err(OpenError::Unusable { .. })), "{part}: {nameless:?}");
+        // Moved, not removed: what failed to open may still be closing its files.
+        std::fs::rename(&database, &gone)?;
+        std::fs::create_dir(&database)?;
+        let empty = runtime.block_on(open(config.clone()));
+        assert!(matches!(empty, Err(OpenError::Unusable { .. })), "{part}: {empty:?}");
+        std::fs::remove_dir_all(&database)?;
+        let missing = runtime.block_on(open(config.clone()));
+        assert!(matches!(missing, Err(OpenError::Unusable { .. })), "{part}: {missing:?}");
+        std::fs::rename(&gone, &database)?;
+        std::fs::write(database.join("CURRENT"), name)?;
+    }
     Ok(())
 }
 

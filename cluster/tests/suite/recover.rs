@@ -114,7 +114,11 @@ fn a_survivor_goes_on_alone_and_the_old_majority_stays_another_cluster() -> Outc
     // The old CA's key is in it.
     let mode = std::fs::metadata(&recovered.kept)?.permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
-    assert!(recovered.kept.join("db").exists() && recovered.kept.join("identity.json").exists());
+    assert!(
+        recovered.kept.join("db").exists()
+            && recovered.kept.join("log").exists()
+            && recovered.kept.join("identity.json").exists()
+    );
     let keys = [&recovered.kept, &node.folder].map(|folder| folder.join("sealing.key"));
     assert!(std::fs::read(&keys[0])? != std::fs::read(&keys[1])?, "what opens the old CA's key");
     lab.nodes[2].start()?;
@@ -299,7 +303,7 @@ fn a_log_entry_of_another_version_stops_a_member_and_says_so() -> Outcome {
     lab.nodes[0].stop();
     lab.nodes[0].wait_closed();
     {
-        let path = lab.nodes[0].config.data_dir.join("db");
+        let path = lab.nodes[0].config.data_dir.join("log");
         let options = rocksdb::Options::default();
         let families = rocksdb::DB::list_cf(&options, &path)?;
         let rocks = rocksdb::DB::open_cf(&options, &path, families)?;

@@ -104,16 +104,21 @@ impl Machine {
     }
 }
 
-/// Ends a member by `end`, and leaves its database as it was before: one that is dropped in this
+/// Ends a member by `end`, and leaves its databases as they were before: one that is dropped in this
 /// process would first write out what it had in memory only.
 pub(crate) fn crash(folder: &Path, end: impl FnOnce()) -> io::Result<()> {
-    let (db, image) = (folder.join("db"), folder.join("db.crashed"));
-    let copied = if db.exists() { copy_database(&db, &image) } else { Ok(()) };
+    let databases = ["log", "db"].map(|part| {
+        let (database, image) = (folder.join(part), folder.join(format!("{part}.crashed")));
+        let copied = if database.exists() { copy_database(&database, &image) } else { Ok(()) };
+        (database, image, copied)
+    });
     end();
-    copied?;
-    if image.exists() {
-        fs::remove_dir_all(&db)?;
-        fs::rename(&image, &db)?;
+    for (database, image, copied) in databases {
+        copied?;
+        if image.exists() {
+            fs::remove_dir_all(&database)?;
+            fs::rename(&image, &database)?;
+        }
     }
     Ok(())
 }
@@ -144,10 +149,10 @@ fn copy_database(from: &Path, to: &Path) -> io::Result<()> {
     each(true)
 }
 
-/// RocksDB's present write-ahead log in a data folder, and its length.
+/// The present write-ahead log of Raft's log in a data folder, and its length.
 fn live_log(folder: &Path) -> io::Result<(PathBuf, u64)> {
     let mut logs = Vec::new();
-    for entry in fs::read_dir(folder.join("db"))? {
+    for entry in fs::read_dir(folder.join("log"))? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "log") {
             logs.push(path);
