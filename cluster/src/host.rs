@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -21,7 +22,7 @@ impl<T: AsyncRead + AsyncWrite + Debug + Send + Unpin + 'static> Io for T {}
 pub type Connection = Box<dyn Io>;
 
 /// Makes all earlier writes durable; blocks.
-pub type SyncNow = Box<dyn Fn() -> io::Result<()> + Send>;
+pub type SyncNow = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 /// Told once: the write is durable, or why it is not.
 pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
@@ -29,6 +30,11 @@ pub type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 pub trait GroupCommit: Debug + Send + Sync {
     /// Calls `done` when everything written before this call is durable.
     fn submit(&self, done: Done);
+    /// Makes everything written before this call durable; blocks.
+    ///
+    /// # Errors
+    /// It is not durable.
+    fn sync_now(&self) -> io::Result<()>;
 }
 
 /// The machine under a member.

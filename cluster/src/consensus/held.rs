@@ -48,11 +48,19 @@ fn apply_until<'a, 'v>(
     view: &'v View<'a>,
     until: u64,
 ) -> io::Result<(Held, Overlay<'v, View<'a>>)> {
-    let applied = applied(view)?.map(|id| id.index);
+    let applied_id = applied(view)?;
+    let applied = applied_id.map(|id| id.index);
     let committed = committed(log)?.max(applied.unwrap_or(0));
     let mut members = BTreeMap::new();
     note(&mut members, membership(view)?.membership());
     let mut state = Overlay::new(view);
+    if let Some(applied) = applied_id
+        && let Some(row) = log.get(Cf::Log, &applied.index.to_be_bytes())?
+        && entry(&applied.index.to_be_bytes(), &row)?.log_id != applied
+    {
+        let detail = "the log has another entry than the one that was applied";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, detail));
+    }
     // Raft's first entry has index 0.
     let mut next = applied.map_or(0, |index| index.saturating_add(1));
     for row in log.rows_from(Cf::Log, &next.to_be_bytes())? {

@@ -75,10 +75,13 @@ pub(super) fn last_index(metrics: &Metrics) -> u64 {
     metrics.last_log_index.unwrap_or(0)
 }
 
-/// Log entries that were applied since the last snapshot.
-pub(crate) fn since_snapshot(metrics: &Metrics) -> u64 {
+/// Log entries that were applied since the log was last cut off, which left `kept` before that.
+pub(crate) fn since_cut(metrics: &Metrics, kept: u64) -> u64 {
     let index = |log_id: Option<LogId>| log_id.map_or(0, |id| id.index);
-    index(metrics.last_applied).saturating_sub(index(metrics.snapshot))
+    let cut = metrics.purged.map_or(0, |purged| purged.index.saturating_add(kept));
+    // Another one must hold more than the last, or Raft makes nothing of it.
+    let since_last = index(metrics.last_applied).saturating_sub(index(metrics.snapshot));
+    if since_last == 0 { 0 } else { index(metrics.last_applied).saturating_sub(cut) }
 }
 
 /// Time since a quorum last answered this leader; None: not known.

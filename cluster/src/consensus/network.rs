@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +33,7 @@ use super::snapshot::{Outgoing, SnapshotData};
 use super::types::{LogId, MemberNode, Snapshot, TypeConfig, Vote};
 use crate::host::{Host, blocking};
 use crate::identity::node_host;
+use crate::storage::Db;
 use crate::tls::{Trust, channel};
 
 /// The largest message that is taken from a member, bytes.
@@ -413,12 +415,8 @@ impl RaftNetworkV2<TypeConfig> for Link {
         let SnapshotData::Own(db) = snapshot.snapshot else {
             return Err(network(&"only what this member holds itself is sent"));
         };
-        let begun = blocking(self.host.as_ref(), move || Outgoing::of(&db)).await;
-        let outgoing = begun.and_then(|begun| begun).map_err(|error| network(&error))?;
-        let header =
-            postcard::to_stdvec(&(vote, outgoing.meta())).map_err(|error| network(&error))?;
         let mut client = self.client().map_err(StreamingError::from)?;
-        let answer = client.install_snapshot(chunks(self.host.clone(), header, outgoing));
+        let answer = client.install_snapshot(chunks(self.host.clone(), vote, db));
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
             answer = tokio::time::timeout(option.soft_ttl(), answer) => {
@@ -466,27 +464,44 @@ async fn next_answer(
     }
 }
 
-/// A snapshot in pieces; the first carries the header.
+/// The present state in pieces; the first carries the header, of which the vote is part. It is taken
+/// when there is a connection that asks for the first piece: who is away costs nothing.
 fn chunks(
     host: Arc<dyn Host>,
-    header: Vec<u8>,
-    outgoing: Outgoing,
+    vote: Vote,
+    db: Arc<Db>,
 ) -> impl Stream<Item = SnapshotChunk> + Send {
-    futures::stream::unfold((header, outgoing), move |(header, mut outgoing)| {
+    futures::stream::unfold((None, db), move |(begun, db)| {
         let host = host.clone();
         async move {
-            let read = blocking(host.as_ref(), move || (outgoing.next(), outgoing)).await;
-            let (piece, outgoing) = match read {
-                Ok((Ok(piece), outgoing)) => (piece, outgoing),
+            let (of, vote) = (db.clone(), vote);
+            let read = blocking(host.as_ref(), move || piece(begun, &of, &vote)).await;
+            match read.and_then(|read| read) {
+                Ok(Some((chunk, outgoing))) => Some((chunk, (Some(outgoing), db))),
+                Ok(None) => None,
                 // The receiver sees a snapshot that is too short and refuses it.
-                Ok((Err(error), _)) => {
+                Err(error) => {
                     tracing::error!(%error, "the snapshot that is being sent cannot be read");
-                    return None;
+                    None
                 }
-                Err(_) => return None,
-            };
-            let chunk = SnapshotChunk { header, data: piece? };
-            Some((chunk, (Vec::new(), outgoing)))
+            }
         }
     })
+}
+
+/// The first piece, or the next one of what was begun; None after the last. Blocks.
+fn piece(
+    begun: Option<Outgoing>,
+    of: &Db,
+    vote: &Vote,
+) -> io::Result<Option<(SnapshotChunk, Outgoing)>> {
+    let (mut outgoing, header) = match begun {
+        Some(outgoing) => (outgoing, Vec::new()),
+        None => {
+            let outgoing = Outgoing::of(of)?;
+            let header = postcard::to_stdvec(&(vote, outgoing.meta())).map_err(io::Error::other)?;
+            (outgoing, header)
+        }
+    };
+    Ok(outgoing.next()?.map(|data| (SnapshotChunk { header, data }, outgoing)))
 }

@@ -258,6 +258,15 @@ impl RaftApi for RaftService {
             chunks.message().await?.ok_or_else(|| Status::invalid_argument("no snapshot"))?;
         let (vote, meta): (Vote, SnapshotMeta) = postcard::from_bytes(&first.header)
             .map_err(|_| Status::invalid_argument("the snapshot's header is damaged"))?;
+        // Raft takes for granted what every leader that follows the protocol keeps to.
+        if meta
+            .last_log_id
+            .is_some_and(|last| last.committed_leader_id().term > vote.leader_id.term)
+        {
+            return Err(Status::invalid_argument(
+                "the snapshot is of a later term than its leader",
+            ));
+        }
         let disk = |error: std::io::Error| Status::resource_exhausted(error.to_string());
         let folder = self.node.db().folder().join("snapshots");
         let (snapshot, mut file) = SnapshotFile::receive(&folder).map_err(disk)?;

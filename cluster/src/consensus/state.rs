@@ -120,7 +120,16 @@ impl StateMachine {
                 batch.set(table, key, value)?;
             }
             Ok(())
-        })
+        })?;
+        if self.db.flush_is_due() {
+            let db = self.db.clone();
+            self.db.host().blocking(Box::new(move || {
+                if let Err(error) = db.flush() {
+                    tracing::error!(%error, "the state was not written out");
+                }
+            }));
+        }
+        Ok(())
     }
 
     /// Loads a snapshot beside the present state, then makes it the present one.

@@ -94,7 +94,7 @@ impl Node {
         let Some(Some(info)) = request.extensions().get::<Option<tls::ConnectInfo>>() else {
             return Ok(());
         };
-        // The state itself is asked for nodes: the list is a moment behind it.
+        // For nodes the state itself is asked, as it was last applied: the list is behind it.
         let refusal = match info.peer {
             tls::PeerIdentity::Node(id) => self.gone(id),
             tls::PeerIdentity::Client(_) | tls::PeerIdentity::LocalRoot => None,

@@ -6,7 +6,8 @@ use crate::consensus::lead;
 
 /// One turn, once a second.
 pub(super) async fn keep(node: &Node) {
-    if lead::look(&node.raft, lead::since_snapshot) < node.config.snapshot_every || !is_due(node) {
+    let since = lead::look(&node.raft, |now| lead::since_cut(now, node.config.snapshot_keep));
+    if since < node.config.snapshot_every || !is_due(node) {
         return;
     }
     if let Err(error) = node.raft.trigger().snapshot().await {
@@ -17,8 +18,8 @@ pub(super) async fn keep(node: &Node) {
 /// Where the disk is full the log cannot grow any more, and is cut off all the same; but not where
 /// what is only in memory of the state would fill the rest.
 fn is_due(node: &Node) -> bool {
-    let logged = node.db.logged_bytes();
-    let is_long = logged >= node.config.snapshot_bytes;
-    let has_room = node.db.free_bytes().is_none_or(|free| free > logged.saturating_mul(4));
+    let is_long = node.db.logged_bytes() >= node.config.snapshot_bytes;
+    let in_memory = node.db.in_memory_bytes();
+    let has_room = node.db.free_bytes().is_none_or(|free| free > in_memory.saturating_mul(2));
     has_room && (is_long || node.db.disk_low())
 }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use rocksdb::{ColumnFamily, DB, FlushOptions, WriteBatch, WriteOptions};
+use rocksdb::{DB, FlushOptions, WriteBatch};
 
 use super::FolderLock;
 use super::batch::{Batch, LogBatch};
@@ -23,6 +23,7 @@ use super::families::{
     check, leave_bottommost_files, log_families, log_handles, log_options, state_families,
     state_handles, state_options,
 };
+use super::state::State;
 use super::view::{LogView, View};
 use crate::OpenError;
 use crate::host::{GroupCommit, Host};
@@ -34,9 +35,6 @@ pub(crate) const STATE: &str = "db";
 const FORMAT: &[u8] = b"6";
 /// With less room than this nothing at all is written any more.
 const LAST_BYTES: u64 = 4 << 20;
-/// More than this of the state is not left in memory only. (A snapshot, which does the same, comes
-/// earlier unless very much is written at once.)
-const UNFLUSHED_BYTES: u64 = 48 << 20;
 
 /// The open databases; shared, and closed once by [`Db::close`].
 pub(crate) struct Db {
@@ -47,8 +45,6 @@ pub(crate) struct Db {
     closing: AtomicBool,
     /// See [`Db::logged_bytes`].
     logged: AtomicU64,
-    /// What the state's batches held since it was last written out, bytes.
-    unflushed: AtomicU64,
     /// The machine lost power since this database was last closed: the unsynced tail is gone.
     pub(crate) lost_tail: bool,
 }
@@ -57,7 +53,7 @@ struct Open {
     // Dropped in this order: what waits for an fsync, the databases, the folder's lock.
     flusher: Box<dyn GroupCommit>,
     log: Arc<DB>,
-    state: Arc<DB>,
+    state: State,
     _lock: FolderLock,
 }
 
@@ -117,15 +113,17 @@ impl Db {
             DB::open_cf_descriptors(&options, folder.join(part), families)
                 .map_err(|error| fail(io_error(error)))
         };
-        let state = Arc::new(opened(state_options(new), STATE, state_families())?);
+        let state = State::new(opened(state_options(new), STATE, state_families())?);
         let log = Arc::new(opened(log_options(new), LOG, log_families())?);
-        for (rocks, handles) in [(&state, state_handles(&state)), (&log, log_handles(&log))] {
+        for (rocks, handles) in
+            [(&state.rocks, state_handles(&state.rocks)), (&log, log_handles(&log))]
+        {
             leave_bottommost_files(rocks, &handles.map_err(fail)?).map_err(fail)?;
         }
-        let logged = check(&log, &state).map_err(fail)?;
+        let logged = check(&log, &state.rocks).map_err(fail)?;
         let lost_tail = begin(&log, folder, host.boot_id(), new)?;
         let synced = log.clone();
-        let sync = Box::new(move || synced.flush_wal(true).map_err(io_error));
+        let sync = Arc::new(move || synced.flush_wal(true).map_err(io_error));
         let flusher = host.group_commit(folder, sync).map_err(fail)?;
         let db = Self {
             folder: folder.to_owned(),
@@ -134,7 +132,6 @@ impl Db {
             disk_low: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             logged: AtomicU64::new(logged),
-            unflushed: AtomicU64::new(0),
             lost_tail,
         };
         db.drop_other_states().map_err(fail)?;
@@ -176,7 +173,7 @@ impl Db {
 
     /// Reads the state from one consistent view.
     pub(crate) fn view<T>(&self, f: impl FnOnce(&View<'_>) -> io::Result<T>) -> io::Result<T> {
-        self.with(|open| f(&View::of(open.state.as_ref())?))
+        self.with(|open| f(&View::of(&open.state.rocks)?))
     }
 
     /// Reads the log.
@@ -184,11 +181,12 @@ impl Db {
         self.with(|open| f(&LogView(open.log.as_ref())))
     }
 
-    /// The state as it is now, beside the one that goes on.
+    /// The state as it is now, beside the one that goes on. Blocks.
     pub(crate) fn checkpoint(&self) -> io::Result<Checkpoint> {
         self.with(|open| {
-            flush(open, &self.unflushed)?;
-            Checkpoint::take(&open.state, &self.folder.join("snapshots"))
+            let folder = self.folder.join("snapshots");
+            open.state
+                .write_out(&|| open.flusher.sync_now(), |rocks| Checkpoint::take(rocks, &folder))
         })
     }
 
@@ -207,29 +205,23 @@ impl Db {
     /// Collects changes of the state, which the log brings again, and writes them as one batch.
     /// Durable with [`Db::flush`].
     pub(crate) fn write(&self, f: impl FnOnce(&mut Batch<'_>) -> io::Result<()>) -> io::Result<()> {
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        self.with(|open| {
-            let current = open.state.get(b"state").map_err(io_error)?;
-            let mut batch = Batch {
-                rocks: &open.state,
-                batch: WriteBatch::default(),
-                state: state_number(current)?,
-            };
-            f(&mut batch)?;
-            let bytes = u64::try_from(batch.batch.size_in_bytes()).unwrap_or(u64::MAX);
-            open.state.write_opt(batch.batch, &options).map_err(io_error)?;
-            let before = self.unflushed.fetch_add(bytes, Ordering::Relaxed);
-            if before.saturating_add(bytes) > UNFLUSHED_BYTES {
-                flush(open, &self.unflushed)?;
-            }
-            Ok(())
-        })
+        self.with(|open| open.state.write(f, &|| open.flusher.sync_now()))
     }
 
     /// Writes the state out to files, all tables at one point, after the log; waits for it, blocks.
     pub(crate) fn flush(&self) -> io::Result<()> {
-        self.with(|open| flush(open, &self.unflushed))
+        self.with(|open| open.state.write_out(&|| open.flusher.sync_now(), |_| Ok(())))
+    }
+
+    /// Whether so much of the state is in memory only that it is time for [`Db::flush`]; true once
+    /// until that was done.
+    pub(crate) fn flush_is_due(&self) -> bool {
+        self.guard().as_ref().is_some_and(|open| open.state.is_due())
+    }
+
+    /// What is in memory only of the state, bytes, about.
+    pub(crate) fn in_memory_bytes(&self) -> u64 {
+        self.guard().as_ref().map_or(0, |open| open.state.in_memory())
     }
 
     /// Begins to write what is left of the log out to files, so that its write-ahead log can go.
@@ -237,7 +229,7 @@ impl Db {
         self.with(|open| {
             let mut options = FlushOptions::default();
             options.set_wait(false);
-            flush_families(&open.log, &log_handles(&open.log)?, &options)
+            open.log.flush_cfs_opt(&log_handles(&open.log)?, &options).map_err(io_error)
         })
     }
 
@@ -303,7 +295,7 @@ impl Db {
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let end = || {
-                flush(&open, &self.unflushed)?;
+                open.state.write_out(&|| open.flusher.sync_now(), |_| Ok(()))?;
                 open.log.put(b"closed", b"1").map_err(io_error)?;
                 open.log.flush_wal(true).map_err(io_error)
             };
@@ -337,22 +329,6 @@ pub(super) fn state_number(stored: Option<Vec<u8>>) -> io::Result<u32> {
             })
         }
     }
-}
-
-/// The log first: see above.
-fn flush(open: &Open, unflushed: &AtomicU64) -> io::Result<()> {
-    open.log.flush_wal(true).map_err(io_error)?;
-    // What is written meanwhile counts for the next time, though it may be in this one.
-    let bytes = unflushed.load(Ordering::Relaxed);
-    flush_families(&open.state, &state_handles(&open.state)?, &FlushOptions::default())?;
-    let less = |all: u64| Some(all.saturating_sub(bytes));
-    // It never fails: there is always a next value.
-    let _ = unflushed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-    Ok(())
-}
-
-fn flush_families(rocks: &DB, handles: &[&ColumnFamily], options: &FlushOptions) -> io::Result<()> {
-    rocks.flush_cfs_opt(handles, options).map_err(io_error)
 }
 
 /// Marks the database as in use; answers whether an unsynced tail may have been lost.
@@ -410,9 +386,9 @@ pub(super) fn open_error(folder: &Path, error: &io::Error) -> OpenError {
     } else {
         // RocksDB reports a missing or unreadable file of its own as an I/O or argument error.
         OpenError::Unusable {
-            path: path.join("db"),
+            path,
             detail: format!(
-                "cannot be opened ({detail}); if files are missing, remove this node from the cluster, empty its data folder and join again"
+                "its databases cannot be opened ({detail}); if files are missing, remove this node from the cluster, empty its data folder and join again"
             ),
         }
     }

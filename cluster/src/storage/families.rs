@@ -44,8 +44,10 @@ fn table_name(table: Table) -> &'static str {
     }
 }
 
-/// Of what is read from files, so much stays in memory.
-const CACHE_BYTES: usize = 32 << 20;
+/// Of what is read from the state's files, so much stays in memory.
+const STATE_CACHE_BYTES: usize = 32 << 20;
+/// The log's end, which is read all the time, is in memory anyway.
+const LOG_CACHE_BYTES: usize = 1 << 20;
 /// A table is written out by [`super::Db::flush`], which the log goes before, and never by RocksDB
 /// because this is full: more than comes together between two flushes, overhead included.
 const STATE_BUFFER_BYTES: usize = 128 << 20;
@@ -91,8 +93,9 @@ pub(super) fn state_options(new: bool) -> Options {
 
 /// The log's families.
 pub(super) fn log_families() -> Vec<ColumnFamilyDescriptor> {
+    let cache = Cache::new_lru_cache(LOG_CACHE_BYTES);
     let family = |cf: Cf| {
-        let mut options = family_options();
+        let mut options = family_options(&blocks(&cache));
         options.set_write_buffer_size(LOG_BUFFER_BYTES);
         // Read again after a crash only, and gone with the next snapshot.
         options.set_compression_type(rocksdb::DBCompressionType::None);
@@ -103,26 +106,32 @@ pub(super) fn log_families() -> Vec<ColumnFamilyDescriptor> {
 
 /// The state's families, which share a cache.
 pub(super) fn state_families() -> Vec<ColumnFamilyDescriptor> {
-    let cache = Cache::new_lru_cache(CACHE_BYTES);
+    let cache = Cache::new_lru_cache(STATE_CACHE_BYTES);
     let family = |table: Table| {
-        let mut options = family_options();
-        options.set_compression_type(rocksdb::DBCompressionType::Lz4);
-        options.set_write_buffer_size(STATE_BUFFER_BYTES);
-        let mut blocks = BlockBasedOptions::default();
-        blocks.set_block_cache(&cache);
+        let mut blocks = blocks(&cache);
         if matches!(table, Table::Data | Table::Dedup | Table::Machine) {
             // Each new key is looked for first, and is nowhere.
             blocks.set_bloom_filter(10.0, false);
         }
-        options.set_block_based_table_factory(&blocks);
+        let mut options = family_options(&blocks);
+        options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+        options.set_write_buffer_size(STATE_BUFFER_BYTES);
         ColumnFamilyDescriptor::new(table_name(table), options)
     };
-    let local = ColumnFamilyDescriptor::new(Cf::Local.name(), family_options());
+    let local = ColumnFamilyDescriptor::new(Cf::Local.name(), family_options(&blocks(&cache)));
     std::iter::once(local).chain(Table::ALL.into_iter().map(family)).collect()
 }
 
-fn family_options() -> Options {
+/// Without a cache that is named, RocksDB makes one for each family, whose table alone is megabytes.
+fn blocks(cache: &Cache) -> BlockBasedOptions {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks
+}
+
+fn family_options(blocks: &BlockBasedOptions) -> Options {
     let mut options = Options::default();
+    options.set_block_based_table_factory(blocks);
     // Who writes does not wait for one that is on its way to a slow disk.
     options.set_max_write_buffer_number(4);
     // Taken at once, by each family, however little it gets.

@@ -5,30 +5,40 @@ use std::io;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use crate::host::{Done, GroupCommit};
+use crate::host::{Done, GroupCommit, SyncNow};
+
+struct Sync(SyncNow);
+
+impl std::fmt::Debug for Sync {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sync")
+    }
+}
 
 /// The queue and its thread. Dropping it waits for what is queued.
 #[derive(Debug)]
 pub(crate) struct Flusher {
+    sync: Sync,
     queue: Option<mpsc::Sender<Done>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Flusher {
     /// Starts the thread; `sync` makes all earlier writes durable.
-    pub(crate) fn start(sync: impl Fn() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+    pub(crate) fn start(sync: SyncNow) -> io::Result<Self> {
+        let of_thread = sync.clone();
         let (queue, waiting) = mpsc::channel::<Done>();
         let thread = std::thread::Builder::new().name("log-fsync".to_owned()).spawn(move || {
             while let Ok(first) = waiting.recv() {
                 // Taken before the fsync begins: whoever queues later waits for the next one.
                 let batch: Vec<Done> = std::iter::once(first).chain(waiting.try_iter()).collect();
-                let result = sync();
+                let result = of_thread();
                 for done in batch {
                     done(copy(&result));
                 }
             }
         })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread) })
+        Ok(Self { sync: Sync(sync), queue: Some(queue), thread: Some(thread) })
     }
 }
 
@@ -41,6 +51,10 @@ impl GroupCommit for Flusher {
         if let Some(done) = refused {
             done(Err(io::Error::other("the database is closed")));
         }
+    }
+
+    fn sync_now(&self) -> io::Result<()> {
+        (self.sync.0)()
     }
 }
 
@@ -74,11 +88,12 @@ mod tests {
         let syncs = Arc::new(AtomicUsize::new(0));
         let counter = syncs.clone();
         let (gate, opened) = mpsc::channel::<()>();
-        let flusher = Flusher::start(move || {
-            let _ = opened.recv();
+        let opened = std::sync::Mutex::new(opened);
+        let flusher = Flusher::start(Arc::new(move || {
+            let _ = opened.lock().map(|opened| opened.recv());
             counter.fetch_add(1, Ordering::SeqCst);
             Ok(())
-        })?;
+        }))?;
         let (told, heard) = mpsc::channel();
         for _ in 0..100 {
             let (told, syncs) = (told.clone(), syncs.clone());

@@ -20,6 +20,7 @@ mod families;
 mod flush;
 mod folder;
 mod frozen;
+mod state;
 mod view;
 
 pub(crate) use checkpoint::Checkpoint;

@@ -175,11 +175,12 @@ impl Host for Machine {
         self.note_synced(live_log(folder)?);
         let (queue, waiting) = mpsc::unbounded_channel();
         let disk = Disk { machine: self.clone(), folder: folder.to_owned(), sync };
+        let now = disk.clone();
         match self.promise {
             Promise::Kept => tokio::spawn(disk.serve(waiting)),
             Promise::Broken => tokio::spawn(disk.lie(waiting)),
         };
-        Ok(Box::new(Queue(queue)))
+        Ok(Box::new(Queue { queue, disk: now }))
     }
 
     fn blocking(&self, work: Box<dyn FnOnce() + Send>) {
@@ -197,20 +198,39 @@ impl Host for Machine {
 }
 
 #[derive(Debug)]
-struct Queue(mpsc::UnboundedSender<Done>);
+struct Queue {
+    queue: mpsc::UnboundedSender<Done>,
+    disk: Disk,
+}
 
 impl GroupCommit for Queue {
     fn submit(&self, done: Done) {
-        if let Err(unsent) = self.0.send(done) {
+        if let Err(unsent) = self.queue.send(done) {
             unsent.0(Err(io::Error::other("the machine is off")));
         }
     }
+
+    fn sync_now(&self) -> io::Result<()> {
+        let reached = live_log(&self.disk.folder);
+        (self.disk.sync)()?;
+        if matches!(self.disk.machine.promise, Promise::Kept) {
+            self.disk.machine.note_synced(reached?);
+        }
+        Ok(())
+    }
 }
 
+#[derive(Clone)]
 struct Disk {
     machine: Machine,
     folder: PathBuf,
     sync: SyncNow,
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("folder", &self.folder).finish_non_exhaustive()
+    }
 }
 
 type Waiting = mpsc::UnboundedReceiver<Done>;
