@@ -12,16 +12,16 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
-use crate::consensus::{Forward, Forwarded, RaftService};
+use crate::consensus::{Forwarded, RaftService};
 use crate::host::Listen;
 use crate::machine::ANSWER_BYTES;
 use crate::node::Node;
 use crate::service::EnrolmentService;
 use crate::tls::{self, Admit, TlsConnection};
 use crate::{
-    Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader, OpenError,
-    RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError, authority,
-    backup, certificates, membership, removal, rename, verify,
+    Confirmed, Consistency, History, KeyValue, Leadership, Member, MembershipError, NotLeader,
+    OpenError, RangeResult, ReadAtError, StoreError, Txn, TxnOutcome, WatchBatch, WatchError,
+    authority, backup, certificates, membership, removal, rename, verify,
 };
 
 /// The largest gRPC message taken from clients and nodes, bytes.
@@ -211,31 +211,22 @@ impl Cluster {
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
         self.node.leadership()
     }
-    /// Confirms with a quorum, by messages sent after this call began, that this node leads.
-    /// The answer is the term.
+    /// Confirms with a quorum, by messages sent after this call began, that this node leads. Calls
+    /// at the same time share these messages; in large clusters one waits for up to 100 ms for others.
     ///
     /// # Errors
     /// [`NotLeader`]
-    pub async fn confirm_leadership(&self) -> Result<u64, NotLeader> {
+    pub async fn confirm_leadership(&self) -> Result<Confirmed, NotLeader> {
         self.node.alive().map_err(|error| NotLeader::Unconfirmed(error.to_string()))?;
-        let before = self.node.term();
-        match self.node.lead(Forward::ReadIndex, self.node.config().request_timeout).await {
-            Forwarded::ReadIndex(_) => {}
-            Forwarded::NotLeader { leader } => {
-                return Err(NotLeader::Elsewhere { leader: leader.map(NodeId) });
+        match self.node.confirm(self.node.config().request_timeout).await {
+            Ok(confirmed) => Ok(confirmed),
+            Err(Forwarded::NotLeader { leader }) => {
+                Err(NotLeader::Elsewhere { leader: leader.map(NodeId) })
             }
-            Forwarded::Unavailable(why) | Forwarded::Unknown(why) => {
-                return Err(NotLeader::Unconfirmed(why));
+            Err(Forwarded::Unavailable(why) | Forwarded::Unknown(why)) => {
+                Err(NotLeader::Unconfirmed(why))
             }
-            other => return Err(NotLeader::Unconfirmed(format!("{other:?}"))),
-        }
-        // The confirmed term is one of those between the two looks: only where they are the same
-        // is it known which.
-        let metrics = self.node.metrics();
-        if metrics.current_term == before {
-            Ok(before)
-        } else {
-            Err(NotLeader::Elsewhere { leader: metrics.current_leader.map(NodeId) })
+            Err(other) => Err(NotLeader::Unconfirmed(format!("{other:?}"))),
         }
     }
 

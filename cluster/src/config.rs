@@ -23,6 +23,8 @@ pub struct ClusterConfig {
     pub witness: bool,
     /// A voter that the leader has not heard for so long gives its vote to a learner.
     pub voter_patience: Duration,
+    /// While this node leads, nobody gets a vote beyond so many; never more than seven vote.
+    pub voters_max: usize,
     /// Raft's timings.
     pub timings: RaftTimings,
     /// How long a read or write may look for a quorum before it is refused.
@@ -58,6 +60,7 @@ impl ClusterConfig {
             zone: String::new(),
             witness: false,
             voter_patience: Duration::from_secs(30),
+            voters_max: crate::voters::VOTERS_MAX,
             timings: RaftTimings::default(),
             request_timeout: Duration::from_secs(5),
             min_free_bytes: 32 << 20,

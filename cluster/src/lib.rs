@@ -56,6 +56,6 @@ pub use recover::{Heard, RecoverError, Recovered, Survey, Survivor, finish_recov
 pub use restore::{RestoreError, Restored};
 pub use service::EnrolmentService;
 pub use types::{
-    Change, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn, TxnOutcome,
-    WatchBatch, WatchEvent, Write,
+    Change, Confirmed, Consistency, History, KeyValue, Leadership, Member, RangeResult, Txn,
+    TxnOutcome, WatchBatch, WatchEvent, Write,
 };

@@ -17,7 +17,9 @@ use crate::consensus::{Forward, Forwarded, MemberNode};
 use crate::identity::token::{Token, TokenRecord, TokenUse};
 use crate::identity::{Life, request_key_hash};
 use crate::node::Node;
-use crate::{Consistency, InitError, KeyValue, MembershipError, StoreError, Txn, TxnOutcome};
+use crate::{
+    Consistency, InitError, KeyValue, Member, MembershipError, StoreError, Txn, TxnOutcome,
+};
 
 /// How far a joining node's clock may be off, seconds.
 const CLOCK_MAX_S: u64 = 300;
@@ -31,6 +33,8 @@ fn key(rest: &str) -> String {
 }
 /// Longest address of a node, bytes: a DNS name has 253 (RFC 1035), and there is a port.
 const ADDRESS_MAX: usize = 260;
+/// A token names so many members at most: with the longest addresses it is not too long to be read.
+const TOKEN_ADDRESSES: usize = 16;
 /// Tokens that are looked at when one is made.
 const OLD_TOKENS: usize = 64;
 /// So long an expired token is remembered, seconds.
@@ -98,8 +102,10 @@ pub(crate) async fn create_token(
     let record = node.identity();
     // This node first: it is surely up.
     let mut members = node.members();
-    members.sort_by_key(|member| (member.node_id != record.node_id, member.node_id));
-    let addresses = members.into_iter().map(|member| member.enrol_address).collect();
+    let first = |member: &Member| (member.node_id != record.node_id, !member.voter, member.node_id);
+    members.sort_by_key(first);
+    let addresses = members.into_iter().take(TOKEN_ADDRESSES).map(|member| member.enrol_address);
+    let addresses = addresses.collect();
     let trusted = node.trusted();
     let fingerprint = trusted.signer_fingerprint();
     // While the CA is replaced: who joins knows the new one alone, and asks this node first.
@@ -503,6 +509,15 @@ mod tests {
             assert_eq!(told.code(), tonic::Code::Unavailable, "{told}");
             assert!(!told.message().contains("/srv"), "{told}");
         }
+    }
+
+    #[test]
+    fn a_token_of_a_large_cluster_can_be_read() {
+        let longest = format!("{}:65535", "h".repeat(ADDRESS_MAX - 6));
+        let addresses = vec![longest; TOKEN_ADDRESSES];
+        let token = Token::make("c".repeat(36), "ab".repeat(32), addresses).expect("chance");
+        let text = token.encode().expect("it is plain");
+        assert_eq!(Token::decode(&text), Ok(token));
     }
 
     #[test]

@@ -22,6 +22,18 @@ pub enum Consistency {
     Linearizable,
     /// What this node has applied; answers without quorum.
     Stale,
+    /// Sees every write acknowledged before the call of [`crate::Cluster::confirm_leadership`] that
+    /// this is the answer to; asks nobody again.
+    Since(Confirmed),
+}
+
+/// A leadership that a quorum confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Confirmed {
+    /// Its term.
+    pub term: u64,
+    /// The log index that holds all that was committed when the confirmation began.
+    pub(crate) index: u64,
 }
 
 /// Keys of one range, all as of one revision.

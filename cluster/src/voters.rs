@@ -68,10 +68,10 @@ impl Seat {
 }
 
 /// The next set of voters to propose, if there is one better than the present. `leader` is the
-/// member that asks.
-pub(crate) fn next_voters(leader: u64, seats: &[Seat]) -> Option<BTreeSet<u64>> {
+/// member that asks; nobody gets a vote beyond `most`.
+pub(crate) fn next_voters(leader: u64, seats: &[Seat], most: usize) -> Option<BTreeSet<u64>> {
     let present: BTreeSet<u64> = seats.iter().filter(|s| s.voter).map(|s| s.id).collect();
-    let wanted = wanted(leader, seats);
+    let wanted = wanted(leader, seats, most);
     let next = step(seats, &present, &wanted)?;
     let room = |voters: &BTreeSet<u64>| spare(seats, voters);
     let kept = next.contains(&leader) && room(&present) >= Some(0) && room(&next) >= room(&present);
@@ -79,8 +79,8 @@ pub(crate) fn next_voters(leader: u64, seats: &[Seat]) -> Option<BTreeSet<u64>> 
 }
 
 /// How many voters are best with so many that could be: odd, but two of two.
-fn best_count(usable: usize) -> usize {
-    match usable.min(VOTERS_MAX) {
+fn best_count(usable: usize, most: usize) -> usize {
+    match usable.min(most).min(VOTERS_MAX) {
         0 | 1 => 1,
         2 => 2,
         more => more - (more + 1) % 2,
@@ -88,9 +88,9 @@ fn best_count(usable: usize) -> usize {
 }
 
 /// The voters that are aimed at, in the order of their choice.
-fn wanted(leader: u64, seats: &[Seat]) -> Vec<u64> {
+fn wanted(leader: u64, seats: &[Seat], most: usize) -> Vec<u64> {
     let mut left: Vec<&Seat> = seats.iter().filter(|seat| seat.usable()).collect();
-    let count = best_count(left.len());
+    let count = best_count(left.len(), most);
     let mut taken: BTreeMap<(&str, u64), usize> = BTreeMap::new();
     let mut chosen = Vec::new();
     while chosen.len() < count && !left.is_empty() {

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::service::Forwarded;
 use super::types::{LogId, MemberNode, Metrics, Raft, TypeConfig};
 use crate::machine::Command;
+use crate::types::Confirmed;
 
 /// A copy of Raft's state. openraft's own is never held: a borrow of it can block Raft.
 pub(crate) fn current_metrics(raft: &Raft) -> Metrics {
@@ -146,11 +147,10 @@ pub(crate) async fn propose_all(
     }
     // A leader that lost its quorum would log the commands and leave their outcome open. Better to
     // refuse them while nothing has happened.
-    if silence.is_none_or(|silence| silence > fresh) {
-        match read_index(raft, within.asked).await {
-            Forwarded::ReadIndex(_) => {}
-            other => return vec![other; count],
-        }
+    if silence.is_none_or(|silence| silence > fresh)
+        && let Err(other) = confirm(raft, within.asked).await
+    {
+        return vec![other; count];
     }
     let mut answers = Vec::with_capacity(count);
     let proposing = async {
@@ -180,22 +180,34 @@ fn proposed(written: Result<WriteResult<TypeConfig>, Fatal<TypeConfig>>) -> Forw
     }
 }
 
-/// Confirms leadership by messages sent after this call, and names the index a read needs.
-pub(crate) async fn read_index(raft: &Raft, limit: Duration) -> Forwarded {
+/// Confirms leadership by messages sent after this call began, and names its term and the index that
+/// a read needs.
+pub(crate) async fn confirm(raft: &Raft, limit: Duration) -> Result<Confirmed, Forwarded> {
+    let silent =
+        || Forwarded::Unavailable("no majority of the voters answered the leader".to_owned());
     let option = openraft::LinearizerOption::from(ReadPolicy::ReadIndex).with_wait_timeout(limit);
-    match tokio::time::timeout(limit, raft.get_read_linearizer(option)).await {
-        Err(_) => {
-            Forwarded::Unavailable("no majority of the voters answered the leader".to_owned())
-        }
-        Ok(Ok(linearizer)) => Forwarded::ReadIndex(linearizer.read_log_id().index()),
-        Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {
+    let asked = tokio::time::timeout(limit, raft.get_read_linearizer(option)).await;
+    let linearizer = asked.map_err(|_| silent())?.map_err(|error| match error {
+        RaftError::APIError(LinearizableReadError::ForwardToLeader(to)) => {
             Forwarded::NotLeader { leader: to.leader_id }
         }
-        Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) => {
-            Forwarded::Unavailable("no majority of the voters answered the leader".to_owned())
-        }
-        Ok(Err(RaftError::Fatal(error))) => Forwarded::Unavailable(error.to_string()),
+        RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)) => silent(),
+        RaftError::Fatal(error) => Forwarded::Unavailable(error.to_string()),
+    })?;
+    // The index is of the leadership that was asked: its term stands in it.
+    let read = linearizer.read_log_id();
+    let confirmed = Confirmed { term: read.committed_leader_id().term, index: read.index() };
+    // Where there is a later term by now, it may be that one that the quorum confirmed.
+    let (term, leader) = look(raft, |now| (now.current_term, now.current_leader));
+    if term > confirmed.term {
+        return Err(Forwarded::NotLeader { leader });
     }
+    Ok(confirmed)
+}
+
+/// How many members there are, learners too.
+pub(crate) fn member_count(metrics: &Metrics) -> usize {
+    metrics.membership_config.membership().nodes().count()
 }
 
 /// Lag and time since the last contact, by node.

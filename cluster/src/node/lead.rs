@@ -9,6 +9,7 @@ use super::Node;
 use crate::StoreError;
 use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
 use crate::machine::{Command, Judged, Reply};
+use crate::types::Confirmed;
 
 /// How long a member that is not known to lead may take to say who does.
 const ELSEWHERE: Duration = Duration::from_millis(500);
@@ -18,6 +19,11 @@ const LATE: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_millis(50);
 
 impl Node {
+    /// Confirms this node's leadership, by messages sent after this call began.
+    pub(crate) async fn confirm(&self, limit: Duration) -> Result<Confirmed, Forwarded> {
+        self.rounds.confirm(limit).await
+    }
+
     /// Does it here within `limit`, if this node leads.
     pub(crate) fn lead(&self, asked: Forward, limit: Duration) -> BoxFuture<'_, Forwarded> {
         Box::pin(self.lead_here(asked, limit))
@@ -49,7 +55,10 @@ impl Node {
                 let commands = txns.into_iter().map(Judged::command).collect();
                 Forwarded::Each(self.proposals.propose(commands, limit).await)
             }
-            Forward::ReadIndex => lead::read_index(&self.raft, limit).await,
+            Forward::ReadIndex => match self.rounds.confirm(limit).await {
+                Ok(confirmed) => Forwarded::ReadIndex(confirmed.index),
+                Err(other) => other,
+            },
             Forward::AddLearner { id, .. } if self.is_leaving(proto::NodeId(id)) => {
                 Forwarded::Refused(
                     "it was removed from the cluster, or is being removed".to_owned(),

@@ -13,6 +13,7 @@ mod read;
 mod removals;
 mod renewal;
 mod retention;
+mod rounds;
 mod run;
 mod settings;
 mod snapshots;
@@ -78,6 +79,8 @@ pub(crate) struct Node {
     backup_slots: Arc<tokio::sync::Semaphore>,
     /// Where linearizable reads are confirmed.
     confirm: confirm::Confirm,
+    /// Where those wait that need this node's leadership confirmed.
+    rounds: rounds::Rounds,
     /// Where commands wait that this node proposes.
     proposals: propose::Proposals,
     /// Where transactions wait that another node leads.

@@ -21,6 +21,9 @@ impl Node {
             Consistency::Stale if *self.recovered.borrow() => Ok(()),
             Consistency::Stale => Err(StoreError::Recovering),
             Consistency::Linearizable => self.catch_up(self.deadline()).await,
+            Consistency::Since(confirmed) => {
+                self.has_applied(self.deadline(), |applied| applied.index >= confirmed.index).await
+            }
         }
     }
 

@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::renewal::{self, Renewal};
-use super::{Node, authorities, confirm, denied, housekeeping, pass_on, propose, removals};
-use crate::consensus::{self, Network, Peers, StateMachine, lead};
+use super::{Node, authorities, confirm, denied, housekeeping, pass_on, propose, removals, rounds};
+use crate::consensus::{self, Network, Peers, Raft, StateMachine, lead};
 use crate::host::blocking;
 use crate::identity::{CA_FILE, Identity};
 use crate::service::Rate;
@@ -59,6 +60,7 @@ pub(crate) async fn start(
     getrandom::fill(&mut nonce).map_err(|error| unusable(error.to_string()))?;
     let proposals = propose::Proposals::new(raft.clone(), config.timings.silence_limit());
     let (confirm, reads) = confirm::queue();
+    let (rounds, unconfirmed) = rounds::queue();
     let (pass_on, txns) = pass_on::queue();
     let node = Arc::new(Node {
         client: format!("node-{id}-{:016x}", u64::from_ne_bytes(nonce)),
@@ -82,6 +84,7 @@ pub(crate) async fn start(
         rate: Mutex::new(Rate::new(config.limits.client_requests_per_s)),
         backup_slots: Arc::new(Semaphore::new(crate::backup::AT_ONCE)),
         confirm,
+        rounds,
         proposals,
         pass_on,
         check_turn: tokio::sync::Mutex::new(()),
@@ -98,9 +101,19 @@ pub(crate) async fn start(
     node.follow_members(&node.metrics());
     let mut tasks = housekeeping::spawn(&node);
     tasks.push(tokio::spawn(confirm::serve(node.clone(), reads)));
+    tasks.push(tokio::spawn(confirm_leadership(node.raft.clone(), unconfirmed)));
     tasks.push(tokio::spawn(pass_on::serve(node.clone(), txns)));
     *node.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
     Ok(node)
+}
+
+async fn confirm_leadership(raft: Raft, waiting: UnboundedReceiver<rounds::Waiting>) {
+    let pause = || rounds::pause(lead::look(&raft, lead::member_count));
+    let round = |limit| {
+        let raft = raft.clone();
+        async move { lead::confirm(&raft, limit).await }
+    };
+    rounds::serve(waiting, pause, round).await;
 }
 
 impl Node {

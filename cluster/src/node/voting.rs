@@ -64,7 +64,7 @@ impl Voting {
         let now = Instant::now();
         let seats: Vec<Seat> =
             seen.iter().map(|seen| self.seat(seen, silent_after, patience, now)).collect();
-        if let Some(voters) = next_voters(metrics.id, &seats) {
+        if let Some(voters) = next_voters(metrics.id, &seats, node.config().voters_max) {
             tracing::info!(?voters, "changing who votes");
             let answer = change::set_voters(node.raft(), &metrics, voters, limit).await;
             if !matches!(answer, Forwarded::Done) {

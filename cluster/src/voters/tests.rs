@@ -32,7 +32,7 @@ fn seats(text: &str) -> Vec<Seat> {
 fn steps(text: &str) -> Vec<Vec<u64>> {
     let mut seats = seats(text);
     let mut steps = Vec::new();
-    while let Some(next) = next_voters(1, &seats) {
+    while let Some(next) = next_voters(1, &seats, VOTERS_MAX) {
         assert!(steps.len() < 20, "{steps:?}");
         steps.push(next.iter().copied().collect());
         seats.iter_mut().for_each(|seat| seat.voter = next.contains(&seat.id));
@@ -53,6 +53,17 @@ fn a_cluster_grows_to_an_odd_number_of_voters() {
     assert_eq!(steps("1V 2V 3V 4l 5l 6l 7l 8l").last(), Some(&vec![1, 2, 3, 4, 5, 6, 7]));
     // Not ready to vote yet.
     assert_eq!(steps("1V 2V 3V 4l+ 5l"), NOTHING);
+}
+
+#[test]
+fn no_more_get_a_vote_than_are_to() {
+    let next = |text, most| next_voters(1, &seats(text), most);
+    assert_eq!(next("1V 2V 3V 4l 5l", 3), None);
+    assert_eq!(next("1V 2l 3l 4l 5l", 3), Some(BTreeSet::from([1, 2, 3])));
+    // Nobody loses a vote for it that survives a failure.
+    assert_eq!(next("1V 2V 3V 4V 5V", 3), None);
+    assert_eq!(next("1V 2V 3V 4V", 3), Some(BTreeSet::from([1, 2, 3])));
+    assert_eq!(next("1V 2l 3l 4l 5l 6l 7l 8l 9l", 100).map(|voters| voters.len()), Some(7));
 }
 
 #[test]
@@ -141,7 +152,7 @@ fn elect(seats: &mut [Seat], voters: &BTreeSet<u64>) {
 /// Steps to the end, and how many there were.
 fn settle(seats: &mut [Seat]) -> usize {
     for count in 0..30 {
-        match next_voters(1, seats) {
+        match next_voters(1, seats, VOTERS_MAX) {
             Some(next) => elect(seats, &next),
             None => return count,
         }
@@ -164,7 +175,7 @@ proptest! {
     #[test]
     fn no_step_risks_the_quorum(mut seats in clusters()) {
         for _ in 0..30 {
-            let Some(next) = next_voters(1, &seats) else { break };
+            let Some(next) = next_voters(1, &seats, VOTERS_MAX) else { break };
             let before = voters(&seats);
             prop_assert!(next.contains(&1) && next.len() <= VOTERS_MAX);
             // A joint change needs a majority of both.
@@ -187,9 +198,9 @@ proptest! {
             return Ok(());
         }
         seats[place].health = Health::Silent;
-        prop_assert_eq!(next_voters(1, &seats), None);
+        prop_assert_eq!(next_voters(1, &seats, VOTERS_MAX), None);
         seats[place].health = Health::Ready;
-        prop_assert_eq!(next_voters(1, &seats), None);
+        prop_assert_eq!(next_voters(1, &seats, VOTERS_MAX), None);
         prop_assert_eq!(voters(&seats), settled);
     }
 
@@ -212,7 +223,7 @@ proptest! {
             seat.health = Health::Ready;
             seat.witness = false;
         }
-        let (before, count) = (voters(&seats), best_count(seats.len()));
+        let (before, count) = (voters(&seats), best_count(seats.len(), VOTERS_MAX));
         settle(&mut seats);
         let after = voters(&seats);
         prop_assert_eq!(after.len(), count);

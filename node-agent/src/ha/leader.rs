@@ -101,9 +101,11 @@ impl Leader {
             }
         }
         let confirmed = node.cluster().confirm_leadership().await;
-        let term = confirmed.map_err(|error| Status::unavailable(error.to_string()))?;
-        let key = keys::fenced(from);
-        let fenced = node.store.record::<FencedRecord>(&key, Consistency::Linearizable).await?;
+        let confirmed = confirmed.map_err(|error| Status::unavailable(error.to_string()))?;
+        let (term, key) = (confirmed.term, keys::fenced(from));
+        // Sees all that was committed before the confirmation began. What comes later is of this
+        // leadership, which has its eye on it here; or of a later one, which waits.
+        let fenced = node.store.record::<FencedRecord>(&key, Consistency::Since(confirmed)).await?;
         let inner = self.lock();
         if inner.epoch.is_none_or(|epoch| epoch.term != term) {
             return Err(Status::unavailable("this leader was only just elected; ask again"));
@@ -263,7 +265,7 @@ pub async fn run(node: Arc<Node>) {
 
 async fn lead_once(node: &Arc<Node>) -> Result<(), Status> {
     let confirmed = node.cluster().confirm_leadership().await;
-    let term = confirmed.map_err(|error| Status::unavailable(error.to_string()))?;
+    let term = confirmed.map_err(|error| Status::unavailable(error.to_string()))?.term;
     node.leader.lock().detector.lead(term, boottime_ms());
     if node.leader.epoch().is_none_or(|epoch| epoch.term != term) {
         node.leader.open(open_epoch(node, term).await?);
