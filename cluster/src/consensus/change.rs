@@ -217,6 +217,9 @@ pub(crate) async fn update_node(
 
 /// Hands leadership over: to the voter that is asked for, else to the one whose log is furthest, a
 /// witness last; never to one whose log is far behind. Done where `from` does not lead (any more).
+///
+/// A change of the voters is ended first. Until then the voters before it must agree, too: they may be
+/// this node alone, which is about to go perhaps.
 pub(crate) async fn transfer(
     raft: &Raft,
     from: u64,
@@ -225,7 +228,15 @@ pub(crate) async fn transfer(
     within: Duration,
 ) -> Forwarded {
     let until = Instant::now() + limit;
-    let metrics = current_metrics(raft);
+    let mut metrics = current_metrics(raft);
+    while leads(&metrics) && !settled(&metrics) {
+        if until.saturating_duration_since(Instant::now()) < limit / 2 {
+            let why = "the voters are being changed, and that comes to no end; look at `clusterctl cluster status`";
+            return Forwarded::Refused(why.to_owned());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        metrics = current_metrics(raft);
+    }
     if !leads(&metrics) {
         return Forwarded::NotLeader { leader: metrics.current_leader };
     }

@@ -14,7 +14,8 @@ const HAND_OVER: Duration = Duration::from_secs(2);
 /// All of them, by id.
 pub(super) fn of(metrics: &Metrics) -> Vec<Member> {
     let membership = metrics.membership_config.membership();
-    let voters: Vec<u64> = membership.voter_ids().collect();
+    // While the voters are changed: those who vote before and after it.
+    let sets = membership.get_joint_config();
     membership
         .nodes()
         .map(|(id, node)| Member {
@@ -22,7 +23,7 @@ pub(super) fn of(metrics: &Metrics) -> Vec<Member> {
             name: node.name.clone(),
             api_address: node.api_address.clone(),
             enrol_address: node.enrol_address.clone(),
-            voter: voters.contains(id),
+            voter: sets.iter().all(|voters| voters.contains(id)),
             zone: node.zone.clone(),
             witness: node.witness,
         })

@@ -261,10 +261,16 @@ impl Lab {
         }
         // An odd number, but two of two.
         let voters = if count == 2 { 2 } else { count - (count + 1) % 2 };
+        // By each one's copy: whoever leads next goes on with these voters, and no others.
         lab.wait("there are enough voters", |lab| {
-            let members = lab.members(0)?;
-            let voting = members.iter().filter(|member| member.voter).count();
-            Ok(members.len() == count && voting == voters)
+            for place in 0..count {
+                let members = lab.members(place)?;
+                let voting = members.iter().filter(|member| member.voter).count();
+                if members.len() != count || voting != voters {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
         })?;
         Ok(lab)
     }
