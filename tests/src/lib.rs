@@ -4,5 +4,6 @@
 pub mod guest;
 pub mod lab;
 pub mod ports;
+pub mod scale;
 pub mod skip;
 pub mod violation;

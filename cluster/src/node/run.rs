@@ -113,7 +113,7 @@ async fn confirm_leadership(raft: Raft, waiting: UnboundedReceiver<rounds::Waiti
         let raft = raft.clone();
         async move { lead::confirm(&raft, limit).await }
     };
-    rounds::serve(waiting, pause, round).await;
+    rounds::serve(waiting, rounds::OVERTAKE, pause, round).await;
 }
 
 impl Node {

@@ -1,7 +1,7 @@
 //! `tests/bench`. `store`: the replicated configuration beside another store. Three members each, as
 //! processes on this machine, mutual TLS 1.3, fsync on, the same load from the same clients; ours,
 //! theirs, ours, theirs, so that what changes on the machine meanwhile touches both. `idle`: what our
-//! three members take while nothing happens.
+//! three members take while nothing happens. `scale`: what a leader does for many learners.
 
 mod etcd;
 mod figures;
@@ -9,6 +9,9 @@ mod holdfast;
 mod idle;
 mod load;
 mod member;
+mod scale;
+#[path = "../../tests/scale/sim/mod.rs"]
+mod sim;
 mod tls;
 
 use std::path::{Path, PathBuf};
@@ -22,11 +25,11 @@ use figures::Figures;
 use idle::Idle;
 use load::Size;
 
-/// Benchmarks, each of three members as processes on this machine
+/// Benchmarks on this machine
 #[derive(Parser)]
 #[command(
     bin_name = "tests/bench",
-    after_help = "Examples:\n  tests/bench store --vs etcd\n  tests/bench store --vs etcd --quick -o json\n  tests/bench idle --vms 1000 --seconds 600"
+    after_help = "Examples:\n  tests/bench store --vs etcd\n  tests/bench store --vs etcd --quick -o json\n  tests/bench idle --vms 1000 --seconds 600\n  tests/bench scale --voters 5 --learners 300"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -62,6 +65,19 @@ enum What {
         #[arg(long, default_value_t = 300)]
         seconds: u64,
     },
+    /// What a leader does for many learners: messages, bytes, processor time, and its failover. The
+    /// voters are real, in one process; the learners are stand-ins that count
+    Scale {
+        /// Members that vote
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=7))]
+        voters: u16,
+        /// Members that do not
+        #[arg(long, default_value_t = 1000)]
+        learners: u16,
+        /// Writes a second, in the second half
+        #[arg(long, default_value_t = 100)]
+        writes: u32,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -81,6 +97,9 @@ fn main() -> anyhow::Result<()> {
     let dir = dir.unwrap_or_else(std::env::temp_dir);
     let runtime = Runtime::new()?;
     match what {
+        What::Scale { voters, learners, writes } => {
+            scale::measure(usize::from(voters), usize::from(learners), writes)?;
+        }
         What::Store { vs: Rival::Etcd, quick } => {
             let size = if quick { Size::QUICK } else { Size::FULL };
             let (ours, theirs) = runtime.block_on(compare(size, &dir))?;
