@@ -57,8 +57,3 @@ fn thirty_learners_as_the_model_says_and_their_leases_survive_the_leader() {
 fn a_hundred_learners_and_five_voters_as_the_model_says() {
     idle(5, 100).end();
 }
-
-#[test]
-fn two_hundred_learners_and_seven_voters_as_the_model_says() {
-    idle(7, 200).end();
-}
