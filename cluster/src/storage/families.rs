@@ -122,7 +122,7 @@ pub(super) fn state_families() -> Vec<ColumnFamilyDescriptor> {
     std::iter::once(local).chain(Table::ALL.into_iter().map(family)).collect()
 }
 
-/// Without a cache that is named, RocksDB makes one for each family, whose table alone is megabytes.
+/// Without a cache that is named, RocksDB makes one of 32 MiB for each family.
 fn blocks(cache: &Cache) -> BlockBasedOptions {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
