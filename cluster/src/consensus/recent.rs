@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{PoisonError, RwLock};
 
-use crate::machine::{Changes, Table, Written, decode, version_of};
+use crate::machine::{Changes, Record, Table, Version, Written, decode, version_of};
 
 /// Revisions and bytes that are kept here.
 const REVISIONS_MAX: usize = 2048;
@@ -52,6 +52,7 @@ impl Recent {
     /// Takes what a batch of entries changed.
     pub(super) fn add(&self, changes: &Changes, last: u64) -> io::Result<()> {
         let mut revisions: BTreeMap<u64, Vec<Written>> = BTreeMap::new();
+        let next = self.inner.read().unwrap_or_else(PoisonError::into_inner).next();
         for (row, value) in changes.of(Table::Versions) {
             let Some(value) = value else {
                 // Compaction. It may have removed what the same batch wrote.
@@ -59,7 +60,18 @@ impl Recent {
                 return Ok(());
             };
             let (key, revision) = version_of(row)?;
-            let written = Written { key: key.to_owned(), revision, version: decode(value)? };
+            if revision < next {
+                // Known; it is no longer its key's latest version.
+                continue;
+            }
+            let mut version: Version = decode(value)?;
+            if version.is_in_data() {
+                let row = changes.of(Table::Data).get(key.as_bytes()).and_then(Option::as_ref);
+                let row =
+                    row.ok_or_else(|| io::Error::other("a version came without its value"))?;
+                version.value = Some(decode::<Record>(row)?.value);
+            }
+            let written = Written { key: key.to_owned(), revision, version };
             revisions.entry(revision).or_default().push(written);
         }
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);

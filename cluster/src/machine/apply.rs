@@ -6,8 +6,12 @@ use super::command::{Command, ConflictKv, Judged, KeyWrite, Reply, TxnCommand};
 use super::dedup::{self, Known};
 use super::{
     Gone, Overlay, Place, Read, Record, Replaced, Table, Version, VersionHead, compact, decode,
-    encode, folders, gone, journal_key, revision, usage, version_key,
+    encode, folders, gone, journal_key, revision, rows::damaged, usage, version_key,
 };
+
+/// The longest value of a latest version, bytes, that is in Data alone until the next one comes. A
+/// transaction may replace, or delete, very much at once, and carries all of it over.
+const IN_DATA_ALONE: usize = 4096;
 
 /// Applies one committed command at its log index.
 ///
@@ -121,7 +125,10 @@ fn write<R: Read>(
     }
     let create_revision = old.as_ref().map_or(at.revision, |old| old.create_revision);
     let (previous_revision, last) = match &old {
-        Some(old) => (old.mod_revision, old.ordinal),
+        Some(old) => {
+            keep(state, key, old)?;
+            (old.mod_revision, old.ordinal)
+        }
         // It may have existed before.
         None => gone::take(state, key)?.map_or((0, 0), |gone| (gone.revision, gone.ordinal)),
     };
@@ -145,14 +152,31 @@ fn write<R: Read>(
         author: txn.author.clone(),
         at_ms: txn.at_ms,
     };
-    let version = Version { head, value: value.map(<[u8]>::to_vec) };
-    let row = encode(&version)?;
+    let twice = |value: &&[u8]| value.len() > IN_DATA_ALONE;
+    let row = encode(&Version { head, value: value.filter(twice).map(<[u8]>::to_vec) })?;
     usage::count_version(state, key, &row, true)?;
     state.put(Table::Versions, &version_key(key, at.revision), row);
     for folder in folders(key) {
         state.put(Table::Journal, &journal_key(folder, at), key.as_bytes().to_vec());
     }
     Ok(true)
+}
+
+/// A key's latest version is about to be followed by another one: its value goes to its row in
+/// Versions.
+fn keep<R: Read>(state: &mut Overlay<'_, R>, key: &str, old: &Replaced) -> io::Result<()> {
+    if old.value_bytes > IN_DATA_ALONE {
+        return Ok(());
+    }
+    let at = version_key(key, old.mod_revision);
+    let row = state.get(Table::Versions, &at)?.ok_or_else(|| damaged("a version is missing"))?;
+    let Version { head, .. } = decode(&row)?;
+    let value = record(state, key)?.map(|record| record.value);
+    let whole = encode(&Version { head, value })?;
+    usage::count_version(state, key, &row, false)?;
+    usage::count_version(state, key, &whole, true)?;
+    state.put(Table::Versions, &at, whole);
+    Ok(())
 }
 
 fn record(read: &impl Read, key: &str) -> io::Result<Option<Record>> {

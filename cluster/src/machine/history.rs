@@ -5,8 +5,8 @@ use std::io;
 use proto::keys;
 
 use super::{
-    Lane, Place, Read, Row, Table, Version, VersionHead, decode, decode_head, floor,
-    folders_of_prefix, journal_key, place_of, prefix_end, version_key, version_of,
+    Lane, Place, Read, Record, Row, Table, Version, VersionHead, decode, decode_head, floor,
+    folders_of_prefix, journal_key, place_of, prefix_end, rows::damaged, version_key, version_of,
 };
 
 /// Rows of the Journal that are read at once.
@@ -43,7 +43,19 @@ pub(crate) fn newest(read: &impl Read, key: &str) -> io::Result<Option<(u64, Ver
 
 fn version_before(read: &impl Read, key: &str, before: u64) -> io::Result<Option<(u64, Version)>> {
     let Some((row, bytes)) = row_before(read, key, before)? else { return Ok(None) };
-    Ok(Some((version_of(&row)?.1, decode(&bytes)?)))
+    Ok(Some((version_of(&row)?.1, whole(read, key, &bytes)?)))
+}
+
+/// A version with its value.
+fn whole(read: &impl Read, key: &str, row: &[u8]) -> io::Result<Version> {
+    let version: Version = decode(row)?;
+    if !version.is_in_data() {
+        return Ok(version);
+    }
+    let row = read.get(Table::Data, key.as_bytes())?;
+    let row = row.ok_or_else(|| damaged("a version's value is missing"))?;
+    let Record { value, .. } = decode(&row)?;
+    Ok(Version { value: Some(value), ..version })
 }
 
 fn row_before(read: &impl Read, key: &str, before: u64) -> io::Result<Option<Row>> {
@@ -149,7 +161,7 @@ fn changes_of_key(
         let all = rows.len() < VERSION_ROWS;
         for (row, bytes) in rows {
             let revision = version_of(&row)?.1;
-            let version = decode(&bytes)?;
+            let version = whole(read, key, &bytes)?;
             if !page.take(vec![Written { key: key.to_owned(), revision, version }]) {
                 return Ok(page.end(Some(revision + 1)));
             }
@@ -192,7 +204,7 @@ fn changes_under(
 
 /// The version that a row of the Journal tells of.
 pub(crate) fn written_at(read: &impl Read, key: &str, revision: u64) -> io::Result<Written> {
-    let version = decode(&row_at(read, key, revision)?)?;
+    let version = whole(read, key, &row_at(read, key, revision)?)?;
     Ok(Written { key: key.to_owned(), revision, version })
 }
 
@@ -203,7 +215,7 @@ pub(crate) fn written_at_ms(read: &impl Read, key: &str, revision: u64) -> io::R
 
 fn row_at(read: &impl Read, key: &str, revision: u64) -> io::Result<Vec<u8>> {
     let row = read.get(Table::Versions, &version_key(key, revision))?;
-    row.ok_or_else(|| super::rows::damaged("a version is missing"))
+    row.ok_or_else(|| damaged("a version is missing"))
 }
 
 fn size(written: &Written) -> usize {

@@ -10,6 +10,8 @@
 //! | Dedup    | see [`dedup`]                               | outcomes of named transactions   |
 //! | Machine  | a word                                      | `revision`, `clients`, see [`compact`], [`gone`], [`usage`] |
 //!
+//! A short value is stored once: in Data while it is its key's latest, in Versions afterwards.
+//!
 //! A write has a row in Versions, and one in the Journal for each folder above it (the first few,
 //! see [`folders`]), so that neither a key's nor a folder's history is searched for. The system's
 //! records are in the Journal once, under their [`Lane`]: they change all the time.

@@ -1,6 +1,7 @@
 //! Reading state, and changes on top of it that later entries of a batch already see.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::Bound;
 
@@ -70,17 +71,26 @@ impl Changes {
     }
 }
 
+/// Rows that are kept once they were read, and the longest value of one, bytes: a batch of
+/// transactions looks at the same small ones again and again.
+const KEPT_ROWS: usize = 4096;
+const KEPT_BYTES: usize = 4096;
+
+/// Rows of the base, by key; None: there is none.
+type Seen = HashMap<Vec<u8>, Option<Vec<u8>>>;
+
 /// State with changes on top.
 #[derive(Debug)]
 pub(crate) struct Overlay<'a, R> {
     base: &'a R,
+    seen: RefCell<[Seen; Table::ALL.len()]>,
     changes: Changes,
 }
 
 impl<'a, R: Read> Overlay<'a, R> {
     /// No changes yet.
     pub(crate) fn new(base: &'a R) -> Self {
-        Self { base, changes: Changes::default() }
+        Self { base, seen: RefCell::default(), changes: Changes::default() }
     }
     /// Sets a row.
     pub(crate) fn put(&mut self, table: Table, key: &[u8], value: Vec<u8>) {
@@ -98,10 +108,18 @@ impl<'a, R: Read> Overlay<'a, R> {
 
 impl<R: Read> Read for Overlay<'_, R> {
     fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        match self.changes.of(table).get(key) {
-            Some(changed) => Ok(changed.clone()),
-            None => self.base.get(table, key),
+        if let Some(changed) = self.changes.of(table).get(key) {
+            return Ok(changed.clone());
         }
+        if let Some(row) = self.seen.borrow()[table as usize].get(key) {
+            return Ok(row.clone());
+        }
+        let row = self.base.get(table, key)?;
+        let seen = &mut self.seen.borrow_mut()[table as usize];
+        if row.as_ref().map_or(0, Vec::len) <= KEPT_BYTES && seen.len() < KEPT_ROWS {
+            seen.insert(key.to_vec(), row.clone());
+        }
+        Ok(row)
     }
 
     fn scan(

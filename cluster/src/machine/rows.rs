@@ -35,14 +35,22 @@ impl From<Record> for Replaced {
     }
 }
 
-/// What one write made of a key.
+/// What one write made of a key. The row of a key's latest version has no value, unless it is a long
+/// one: Data has it, until the next version comes (see [`Version::is_in_data`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Version {
     /// Before the value: it is read without it.
     pub(crate) head: VersionHead,
-    /// None: deleted.
+    /// None: deleted; in a row also: in Data.
     #[serde(with = "serde_bytes")]
     pub(crate) value: Option<Vec<u8>>,
+}
+
+impl Version {
+    /// Whether this row's value is in Data.
+    pub(crate) fn is_in_data(&self) -> bool {
+        self.value.is_none() && !self.head.deleted
+    }
 }
 
 /// Who wrote a version when, and where it stands.

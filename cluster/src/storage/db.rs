@@ -32,7 +32,7 @@ use crate::host::{GroupCommit, Host};
 pub(crate) const LOG: &str = "log";
 pub(crate) const STATE: &str = "db";
 
-const FORMAT: &[u8] = b"6";
+const FORMAT: &[u8] = b"7";
 /// With less room than this nothing at all is written any more.
 const LAST_BYTES: u64 = 4 << 20;
 
@@ -113,7 +113,8 @@ impl Db {
             DB::open_cf_descriptors(&options, folder.join(part), families)
                 .map_err(|error| fail(io_error(error)))
         };
-        let state = State::new(opened(state_options(new), STATE, state_families())?);
+        let state =
+            State::new(opened(state_options(new), STATE, state_families())?).map_err(fail)?;
         let log = Arc::new(opened(log_options(new), LOG, log_families())?);
         for (rocks, handles) in
             [(&state.rocks, state_handles(&state.rocks)), (&log, log_handles(&log))]
@@ -173,7 +174,7 @@ impl Db {
 
     /// Reads the state from one consistent view.
     pub(crate) fn view<T>(&self, f: impl FnOnce(&View<'_>) -> io::Result<T>) -> io::Result<T> {
-        self.with(|open| f(&View::of(&open.state.rocks)?))
+        self.with(|open| f(&open.state.view()))
     }
 
     /// Reads the log.
@@ -312,7 +313,11 @@ impl Db {
 
     /// Removes rows of states that are not current.
     pub(crate) fn drop_other_states(&self) -> io::Result<()> {
-        self.write(|batch| batch.drop_other_states())
+        // Each read of what is in memory looks at what was removed there as a range.
+        if self.with(|open| open.state.has_others())? {
+            self.write(|batch| batch.drop_other_states())?;
+        }
+        Ok(())
     }
 }
 

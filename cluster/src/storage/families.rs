@@ -51,6 +51,9 @@ const LOG_CACHE_BYTES: usize = 1 << 20;
 /// A table is written out by [`super::Db::flush`], which the log goes before, and never by RocksDB
 /// because this is full: more than comes together between two flushes, overhead included.
 const STATE_BUFFER_BYTES: usize = 128 << 20;
+/// The filter for what is in memory, of [`STATE_BUFFER_BYTES`]: ten bits each for the keys that come
+/// together between two flushes, about 100,000.
+const MEMORY_FILTER: f64 = 0.001;
 /// The log's: twice what is between two snapshots by default.
 const LOG_BUFFER_BYTES: usize = 32 << 20;
 
@@ -109,11 +112,16 @@ pub(super) fn state_families() -> Vec<ColumnFamilyDescriptor> {
     let cache = Cache::new_lru_cache(STATE_CACHE_BYTES);
     let family = |table: Table| {
         let mut blocks = blocks(&cache);
-        if matches!(table, Table::Data | Table::Dedup | Table::Machine) {
-            // Each new key is looked for first, and is nowhere.
+        // Each new key is looked for first, and is nowhere.
+        let new_keys = matches!(table, Table::Data | Table::Dedup | Table::Machine);
+        if new_keys {
             blocks.set_bloom_filter(10.0, false);
         }
         let mut options = family_options(&blocks);
+        if new_keys {
+            options.set_memtable_whole_key_filtering(true);
+            options.set_memtable_prefix_bloom_ratio(MEMORY_FILTER);
+        }
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
         options.set_write_buffer_size(STATE_BUFFER_BYTES);
         ColumnFamilyDescriptor::new(table_name(table), options)

@@ -1,14 +1,16 @@
 //! The state's database: written without a write-ahead log, and written out only after the log.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use rocksdb::{DB, FlushOptions, WriteBatch, WriteOptions};
+use rocksdb::{DB, Direction, FlushOptions, IteratorMode, WriteBatch, WriteOptions};
 
 use super::batch::Batch;
-use super::db::{io_error, state_number};
-use super::families::state_handles;
+use super::db::{io_error, next, state_number};
+use super::families::{state_handles, table_handle};
+use super::view::View;
+use crate::machine::Table;
 
 /// With so much in memory only, it is time to write it out. (A snapshot, which does the same, comes
 /// earlier unless entries are large.)
@@ -25,6 +27,8 @@ pub(super) type SyncLog<'a> = &'a dyn Fn() -> io::Result<()>;
 /// back as another one.
 pub(super) struct State {
     pub(super) rocks: Arc<DB>,
+    /// The current state's, once it is written.
+    number: AtomicU32,
     /// Whoever writes it out.
     turn: Mutex<()>,
     /// It is being written out, and with it perhaps what is written now: the log comes first.
@@ -35,13 +39,28 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(rocks: DB) -> Self {
-        Self {
+    pub(super) fn new(rocks: DB) -> io::Result<Self> {
+        let number = state_number(rocks.get(b"state").map_err(io_error)?)?;
+        Ok(Self {
             rocks: Arc::new(rocks),
+            number: AtomicU32::new(number),
             turn: Mutex::new(()),
             log_first: RwLock::new(false),
             in_memory: AtomicU64::new(0),
             due: AtomicBool::new(false),
+        })
+    }
+
+    /// A consistent view.
+    pub(super) fn view(&self) -> View<'_> {
+        loop {
+            let number = self.number.load(Ordering::SeqCst);
+            let view = View::at(&self.rocks, number);
+            // It is set after the batch that makes a state the current one, and before the rows of
+            // the one before go: as long as it stands, all rows of this state are there.
+            if self.number.load(Ordering::SeqCst) == number {
+                return view;
+            }
         }
     }
 
@@ -63,10 +82,10 @@ impl State {
     ) -> io::Result<()> {
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        let current = self.rocks.get(b"state").map_err(io_error)?;
-        let state = state_number(current)?;
+        let state = self.number.load(Ordering::SeqCst);
         let mut batch = Batch { rocks: &self.rocks, batch: WriteBatch::default(), state };
         f(&mut batch)?;
+        let after = batch.state;
         let bytes = u64::try_from(batch.batch.size_in_bytes()).unwrap_or(u64::MAX);
         {
             let log_first = self.log_first.read().unwrap_or_else(PoisonError::into_inner);
@@ -74,12 +93,31 @@ impl State {
                 sync_log()?;
             }
             self.rocks.write_opt(batch.batch, &options).map_err(io_error)?;
+            self.number.store(after, Ordering::SeqCst);
         }
         let before = self.in_memory.fetch_add(bytes, Ordering::Relaxed);
         if before.saturating_add(bytes) > MOST_BYTES {
             self.write_out(sync_log, |_| Ok(()))?;
         }
         Ok(())
+    }
+
+    /// Whether there are rows of another state than the current one.
+    pub(super) fn has_others(&self) -> io::Result<bool> {
+        let (number, state) = (self.number.load(Ordering::SeqCst), &self.rocks);
+        let after = next(number)?.to_be_bytes();
+        for table in Table::ALL {
+            let cf = table_handle(state, table)?;
+            let first = state.iterator_cf(cf, IteratorMode::Start).next();
+            let later = IteratorMode::From(&after, Direction::Forward);
+            let later = state.iterator_cf(cf, later).next().transpose().map_err(io_error)?;
+            let first = first.transpose().map_err(io_error)?;
+            let other = first.is_some_and(|(key, _)| !key.starts_with(&number.to_be_bytes()));
+            if other || later.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Writes all tables out to files, at one point; then does what must see these files, and no
@@ -122,14 +160,13 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
-    use crate::machine::Table;
     use crate::storage::families::{state_families, state_options};
 
     type Outcome = Result<(), Box<dyn std::error::Error>>;
 
     fn state(folder: &std::path::Path) -> Result<State, Box<dyn std::error::Error>> {
         let options = state_options(true);
-        Ok(State::new(DB::open_cf_descriptors(&options, folder, state_families())?))
+        Ok(State::new(DB::open_cf_descriptors(&options, folder, state_families())?)?)
     }
 
     fn files(state: &State) -> Result<usize, Box<dyn std::error::Error>> {

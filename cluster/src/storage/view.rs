@@ -48,10 +48,14 @@ pub(crate) struct View<'a> {
 }
 
 impl<'a> View<'a> {
+    /// Of a database that nobody writes to.
     pub(super) fn of(rocks: &'a DB) -> io::Result<Self> {
-        let snapshot = rocks.snapshot();
-        let state = state_number(snapshot.get(b"state").map_err(io_error)?)?;
-        Ok(Self { rocks, snapshot, state })
+        let state = state_number(rocks.get(b"state").map_err(io_error)?)?;
+        Ok(Self::at(rocks, state))
+    }
+
+    pub(super) fn at(rocks: &'a DB, state: u32) -> Self {
+        Self { rocks, snapshot: rocks.snapshot(), state }
     }
 
     /// Rows of a table from a key on, without their number.
