@@ -247,7 +247,8 @@ pub(crate) async fn transfer(
         Ok(heir) => heir,
         Err(why) => return Forwarded::Refused(why),
     };
-    if let Err(error) = raft.trigger().transfer_leader(heir).await {
+    let asked = tokio::time::timeout_at(until, raft.trigger().transfer_leader(heir)).await;
+    if let Ok(Err(error)) = asked {
         return Forwarded::Unavailable(error.to_string());
     }
     while Instant::now() < until {

@@ -67,9 +67,13 @@ impl Recent {
             let mut version: Version = decode(value)?;
             if version.is_in_data() {
                 let row = changes.of(Table::Data).get(key.as_bytes()).and_then(Option::as_ref);
-                let row =
-                    row.ok_or_else(|| io::Error::other("a version came without its value"))?;
-                version.value = Some(decode::<Record>(row)?.value);
+                let record = row.map(|row| decode::<Record>(row)).transpose()?;
+                let Some(record) = record.filter(|record| record.mod_revision == revision) else {
+                    // It is to be found in the database, if anywhere.
+                    self.reset(last);
+                    return Ok(());
+                };
+                version.value = Some(record.value);
             }
             let written = Written { key: key.to_owned(), revision, version };
             revisions.entry(revision).or_default().push(written);
@@ -142,6 +146,36 @@ mod tests {
         let mut changes = Changes::default();
         changes.set(Table::Versions, &version_key(key, revision), Some(encode(&version)?));
         Ok(changes)
+    }
+
+    #[test]
+    fn a_value_that_is_in_data_alone_is_found_there() -> io::Result<()> {
+        let mut changes = change(11, "a", 1)?;
+        let version: Version = decode(&row(&changes, "a", 11)?)?;
+        let in_data = encode(&Version { value: None, ..version })?;
+        changes.set(Table::Versions, &version_key("a", 11), Some(in_data.clone()));
+        let record = Record { create_revision: 11, mod_revision: 11, ordinal: 1, value: vec![7] };
+        changes.set(Table::Data, b"a", Some(encode(&record)?));
+        // The one before, which the batch wrote anew, is known.
+        changes.set(Table::Versions, &version_key("a", 10), Some(in_data));
+        let recent = Recent::new(10);
+        recent.add(&changes, 11)?;
+        let Look::Found(found) = recent.look(11, |_| true) else {
+            return Err(io::Error::other("nothing is found"));
+        };
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].version.value, Some(vec![7]));
+        // It is not there: who wants it reads the database.
+        changes.set(Table::Data, b"a", None);
+        let recent = Recent::new(10);
+        recent.add(&changes, 11)?;
+        assert_eq!(recent.look(11, |_| true), Look::Older);
+        Ok(())
+    }
+
+    fn row(changes: &Changes, key: &str, revision: u64) -> io::Result<Vec<u8>> {
+        let row = changes.of(Table::Versions).get(&version_key(key, revision)).cloned().flatten();
+        row.ok_or_else(|| io::Error::other("no row"))
     }
 
     #[test]

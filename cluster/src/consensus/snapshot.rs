@@ -18,7 +18,7 @@ use super::types::SnapshotMeta;
 use crate::machine::{Table, decode, encode};
 use crate::storage::{Checkpoint, Db};
 
-const MAGIC: &[u8; 8] = b"HFSNAP2\n";
+const MAGIC: &[u8; 8] = b"HFSNAP3\n";
 const END: u8 = 0xff;
 /// Longer keys or values than the store allows mean damage; checked before memory is taken.
 const PART_MAX: usize = 64 << 20;

@@ -4,6 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::vec::IntoIter;
 
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -24,6 +25,8 @@ const APPLIED: &[u8] = b"applied";
 const MEMBERSHIP: &[u8] = b"membership";
 /// Entries that one batch takes at most.
 const BATCH_MAX: usize = 256;
+/// A batch ends with the entry whose changes make it this large, bytes: a small entry may change much.
+const BATCH_BYTES: usize = 16 << 20;
 /// A snapshot is loaded in batches of about this size, bytes.
 const LOAD_BATCH: usize = 4 << 20;
 
@@ -75,12 +78,23 @@ impl StateMachine {
         self.db.folder().join("snapshots")
     }
 
-    fn apply_batch(&self, entries: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
+    fn apply_all(&self, entries: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
+        let mut entries = entries.into_iter();
+        while entries.len() > 0 {
+            self.apply_batch(&mut entries)?;
+        }
+        Ok(())
+    }
+
+    /// Applies the next entries, at least one, as one batch.
+    fn apply_batch(&self, entries: &mut IntoIter<EntryResponder<TypeConfig>>) -> io::Result<()> {
         let (changes, replies, applied) = self.db.view(|view| {
             let mut state = Overlay::new(view);
             let mut replies: Replies = Vec::with_capacity(entries.len());
             let mut last = None;
-            for (entry, responder) in entries {
+            while state.changed_bytes() < BATCH_BYTES
+                && let Some((entry, responder)) = entries.next()
+            {
                 last = Some(entry.log_id);
                 let reply = match &entry.payload {
                     EntryPayload::Blank => Reply::None,
@@ -209,15 +223,15 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             if let Some(index) = check_at {
                 // The batch ends here: the checksum is that of the state after this very entry.
                 let slot = self.checksums.reserve(index);
-                self.apply_batch(std::mem::take(&mut batch))?;
+                self.apply_all(std::mem::take(&mut batch))?;
                 if let Some(slot) = slot {
                     slot.begin(&self.db).await;
                 }
             } else if batch.len() == BATCH_MAX {
-                self.apply_batch(std::mem::take(&mut batch))?;
+                self.apply_all(std::mem::take(&mut batch))?;
             }
         }
-        if batch.is_empty() { Ok(()) } else { self.apply_batch(batch) }
+        self.apply_all(batch)
     }
 
     async fn get_snapshot_builder(&mut self) -> Self {

@@ -11,7 +11,7 @@ use super::{
 
 /// The longest value of a latest version, bytes, that is in Data alone until the next one comes. A
 /// transaction may replace, or delete, very much at once, and carries all of it over.
-const IN_DATA_ALONE: usize = 4096;
+const IN_DATA_ALONE: usize = 1024;
 
 /// Applies one committed command at its log index.
 ///
@@ -170,9 +170,11 @@ fn keep<R: Read>(state: &mut Overlay<'_, R>, key: &str, old: &Replaced) -> io::R
     }
     let at = version_key(key, old.mod_revision);
     let row = state.get(Table::Versions, &at)?.ok_or_else(|| damaged("a version is missing"))?;
-    let Version { head, .. } = decode(&row)?;
-    let value = record(state, key)?.map(|record| record.value);
-    let whole = encode(&Version { head, value })?;
+    let version: Version = decode(&row)?;
+    let record = record(state, key)?.filter(|record| record.mod_revision == old.mod_revision);
+    // A key that is written twice in one transaction, which no member proposes, has it already.
+    let (true, Some(Record { value, .. })) = (version.is_in_data(), record) else { return Ok(()) };
+    let whole = encode(&Version { value: Some(value), ..version })?;
     usage::count_version(state, key, &row, false)?;
     usage::count_version(state, key, &whole, true)?;
     state.put(Table::Versions, &at, whole);

@@ -23,12 +23,14 @@ const RENEWED_AFTER: u64 = 1024;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct ClientRow {
-    /// Sequences up to this one are forgotten unless they have a row.
-    floor: u64,
+    /// Sequences below this one are forgotten, and have no rows.
+    kept_from: u64,
     /// Outcomes kept.
     count: u64,
     /// Its place in the order of silence: the log index of one of its last transactions.
     place: u64,
+    /// The highest sequence it ever had.
+    highest: u64,
 }
 
 /// What is known of a named transaction.
@@ -62,12 +64,16 @@ fn order_key(index: u64) -> Vec<u8> {
 
 /// Looks a transaction up.
 pub(super) fn look_up(read: &impl Read, client: &str, sequence: u64) -> io::Result<Known> {
-    if let Some(bytes) = read.get(Table::Dedup, &answer_key(client, sequence))? {
-        return Ok(Known::Answered(decode(&bytes)?));
+    let Some(bytes) = read.get(Table::Dedup, &client_key(client))? else { return Ok(Known::New) };
+    let ClientRow { kept_from, highest, .. } = decode(&bytes)?;
+    if sequence > highest {
+        return Ok(Known::New);
     }
-    let row = read.get(Table::Dedup, &client_key(client))?;
-    let floor = row.map(|bytes| decode::<ClientRow>(&bytes)).transpose()?.map_or(0, |r| r.floor);
-    Ok(if sequence <= floor && floor > 0 { Known::Forgotten } else { Known::New })
+    if sequence < kept_from {
+        return Ok(Known::Forgotten);
+    }
+    let answer = read.get(Table::Dedup, &answer_key(client, sequence))?;
+    Ok(answer.map(|bytes| decode(&bytes)).transpose()?.map_or(Known::New, Known::Answered))
 }
 
 /// Remembers an outcome, and forgets the oldest beyond the bounds.
@@ -90,30 +96,36 @@ pub(super) fn remember<R: Read>(
         row.place = index;
     }
     row.count += 1;
+    row.highest = row.highest.max(sequence);
     if row.count > ANSWERS_MAX {
-        row.floor = row.floor.max(drop_oldest(state, client, row.floor)?);
+        row.kept_from = drop_oldest(state, client, &row)?.saturating_add(1);
         row.count -= 1;
     }
     state.put(Table::Dedup, &client_key(client), encode(&row)?);
     if is_new { count_client(state) } else { Ok(()) }
 }
 
-/// Removes a client's lowest outcome; answers its sequence. There is none at or below the floor, but
-/// for the database the traces of all that were removed there, which a search would go through.
-fn drop_oldest<R: Read>(state: &mut Overlay<'_, R>, client: &str, floor: u64) -> io::Result<u64> {
-    // As a rule a client's sequences have no gaps, and a look is cheaper than a search.
-    let next = answer_key(client, floor.saturating_add(1));
-    if state.get(Table::Dedup, &next)?.is_some() {
-        state.delete(Table::Dedup, &next);
-        return Ok(floor.saturating_add(1));
+/// Removes a client's lowest outcome; answers its sequence.
+fn drop_oldest<R: Read>(
+    state: &mut Overlay<'_, R>,
+    client: &str,
+    &ClientRow { kept_from, count, highest, .. }: &ClientRow,
+) -> io::Result<u64> {
+    // As a rule a client's sequences have no gaps, and it needs no look; or a look is cheaper than a
+    // search.
+    let first = answer_key(client, kept_from);
+    let no_gap = highest.saturating_sub(kept_from) == count.saturating_sub(1);
+    if no_gap || state.get(Table::Dedup, &first)?.is_some() {
+        state.delete(Table::Dedup, &first);
+        return Ok(kept_from);
     }
+    // From there on: before it the database has the traces of all that were removed.
     let prefix = answers_prefix(client);
-    let from = answer_key(client, floor);
-    let oldest = state.scan(Table::Dedup, &from, prefix_end(&prefix).as_deref(), 1)?;
-    let Some((key, _)) = oldest.into_iter().next() else { return Ok(0) };
+    let oldest = state.scan(Table::Dedup, &first, prefix_end(&prefix).as_deref(), 1)?;
+    let Some((key, _)) = oldest.into_iter().next() else { return Ok(kept_from) };
     state.delete(Table::Dedup, &key);
     let sequence = key.get(prefix.len()..).and_then(|tail| <[u8; 8]>::try_from(tail).ok());
-    Ok(sequence.map_or(0, u64::from_be_bytes))
+    Ok(sequence.map_or(kept_from, u64::from_be_bytes))
 }
 
 fn count_client<R: Read>(state: &mut Overlay<'_, R>) -> io::Result<()> {
@@ -146,6 +158,17 @@ mod tests {
         remember(&mut state, index, "ann", sequence, Some(index))?;
         let changes = state.into_changes();
         rows.take(&changes);
+        Ok(())
+    }
+
+    #[test]
+    fn a_client_that_counts_from_zero_is_not_answered_anew() -> io::Result<()> {
+        let mut rows = Rows::default();
+        for sequence in 0..=ANSWERS_MAX {
+            remembered(&mut rows, sequence + 1, sequence)?;
+        }
+        assert_eq!(look_up(&rows, "ann", 0)?, Known::Forgotten);
+        assert_eq!(look_up(&rows, "ann", 1)?, Known::Answered(Some(2)));
         Ok(())
     }
 

@@ -43,19 +43,23 @@ pub(crate) fn newest(read: &impl Read, key: &str) -> io::Result<Option<(u64, Ver
 
 fn version_before(read: &impl Read, key: &str, before: u64) -> io::Result<Option<(u64, Version)>> {
     let Some((row, bytes)) = row_before(read, key, before)? else { return Ok(None) };
-    Ok(Some((version_of(&row)?.1, whole(read, key, &bytes)?)))
+    let revision = version_of(&row)?.1;
+    Ok(Some((revision, whole(read, key, revision, &bytes)?)))
 }
 
 /// A version with its value.
-fn whole(read: &impl Read, key: &str, row: &[u8]) -> io::Result<Version> {
+fn whole(read: &impl Read, key: &str, revision: u64, row: &[u8]) -> io::Result<Version> {
     let version: Version = decode(row)?;
     if !version.is_in_data() {
         return Ok(version);
     }
     let row = read.get(Table::Data, key.as_bytes())?;
-    let row = row.ok_or_else(|| damaged("a version's value is missing"))?;
-    let Record { value, .. } = decode(&row)?;
-    Ok(Version { value: Some(value), ..version })
+    match row.map(|row| decode(&row)).transpose()? {
+        Some(Record { value, mod_revision, .. }) if mod_revision == revision => {
+            Ok(Version { value: Some(value), ..version })
+        }
+        _ => Err(damaged("a version's value is missing")),
+    }
 }
 
 fn row_before(read: &impl Read, key: &str, before: u64) -> io::Result<Option<Row>> {
@@ -161,7 +165,7 @@ fn changes_of_key(
         let all = rows.len() < VERSION_ROWS;
         for (row, bytes) in rows {
             let revision = version_of(&row)?.1;
-            let version = whole(read, key, &bytes)?;
+            let version = whole(read, key, revision, &bytes)?;
             if !page.take(vec![Written { key: key.to_owned(), revision, version }]) {
                 return Ok(page.end(Some(revision + 1)));
             }
@@ -204,7 +208,7 @@ fn changes_under(
 
 /// The version that a row of the Journal tells of.
 pub(crate) fn written_at(read: &impl Read, key: &str, revision: u64) -> io::Result<Written> {
-    let version = whole(read, key, &row_at(read, key, revision)?)?;
+    let version = whole(read, key, revision, &row_at(read, key, revision)?)?;
     Ok(Written { key: key.to_owned(), revision, version })
 }
 

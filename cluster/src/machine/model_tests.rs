@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 use super::command::KeyWrite;
 use super::{
-    Changes, Command, Judged, Overlay, Read, Record, Reply, Row, Table, TxnCommand, apply, decode,
-    revision,
+    At, Changes, Command, Judged, Lane, Overlay, Read, Record, Reply, Row, Table, TxnCommand,
+    apply, decode, get_at, revision,
 };
 
 /// Created, modified, value, by key.
@@ -53,6 +53,16 @@ impl Rows {
         let changes = state.into_changes();
         self.take(&changes);
         Ok(reply)
+    }
+
+    /// Several as one batch.
+    fn apply_together(&mut self, first: u64, commands: &[Command]) -> io::Result<Vec<Reply>> {
+        let mut state = Overlay::new(self);
+        let numbered = (first..).zip(commands);
+        let replies = numbered.map(|(index, command)| apply(&mut state, index, command)).collect();
+        let changes = state.into_changes();
+        self.take(&changes);
+        replies
     }
 
     pub(super) fn take(&mut self, changes: &Changes) {
@@ -159,6 +169,72 @@ proptest! {
             prop_assert!(revision(&rows)? - before <= 1);
             prop_assert_eq!(revision(&rows)?, model.revision);
             prop_assert_eq!(&rows.data()?, &model.data);
+        }
+    }
+}
+
+/// Lengths of values about where they are stored otherwise.
+fn length() -> impl Strategy<Value = usize> {
+    prop_oneof![Just(0), Just(3), Just(1024), Just(1025)]
+}
+
+fn commands() -> impl Strategy<Value = Vec<Command>> {
+    let lengths = prop::collection::vec(length(), 4);
+    let compaction = prop::option::weighted(0.2, (0u64..40, 1u64..4));
+    let one = (txns(), lengths, compaction).prop_map(|(txns, lengths, compaction)| {
+        let mut commands: Vec<Command> = Vec::new();
+        for (mut txn, fill) in txns.into_iter().take(8).zip(0u8..) {
+            for (write, length) in txn.writes.iter_mut().zip(&lengths) {
+                write.value = write.value.as_ref().map(|_| vec![fill; *length]);
+            }
+            commands.push(Command::Txn(txn));
+        }
+        let (lane, compaction) = (Lane::Files, compaction.into_iter());
+        commands.extend(compaction.map(|(before, keep)| Command::Compact { lane, before, keep }));
+        commands
+    });
+    prop::collection::vec(one, 0..8).prop_map(|parts| parts.concat())
+}
+
+proptest! {
+    /// Members apply the same log in other batches.
+    #[test]
+    fn batches_make_no_difference(
+        commands in commands(), cuts in prop::collection::vec(1usize..9, 64),
+    ) {
+        let (mut alone, mut batched, mut replies) = (Rows::default(), Rows::default(), Vec::new());
+        let (mut was, mut oldest) = (Vec::new(), 0);
+        for (index, command) in (1u64..).zip(&commands) {
+            replies.push(alone.apply(index, command)?);
+            was.push((revision(&alone)?, alone.data()?));
+            if let Command::Compact { before, .. } = command {
+                oldest = oldest.max(*before);
+            }
+        }
+        let (mut rest, mut first, mut together) = (commands.as_slice(), 1, Vec::new());
+        for cut in cuts.iter().cycle() {
+            let (batch, after) = rest.split_at(rest.len().min(*cut));
+            together.extend(batched.apply_together(first, batch)?);
+            first += batch.len() as u64;
+            rest = after;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        prop_assert_eq!(together, replies);
+        prop_assert_eq!(&batched, &alone);
+        // And what was can be read.
+        for (revision, data) in was.into_iter().filter(|(revision, _)| *revision >= oldest) {
+            for key in ["a", "a/b", "b", "\u{e9}"] {
+                match (get_at(&alone, key, revision)?, data.get(key)) {
+                    (At::Was(version, at), Some((created, modified, value))) => {
+                        prop_assert_eq!(version.value.as_ref(), Some(value));
+                        prop_assert_eq!((version.head.create_revision, at), (*created, *modified));
+                    }
+                    (At::Absent, None) => {}
+                    (found, wanted) => prop_assert!(false, "{:?} instead of {:?}", found, wanted),
+                }
+            }
         }
     }
 }

@@ -51,16 +51,25 @@ type Changed = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// Changes by table and key.
 #[derive(Debug, Default)]
-pub(crate) struct Changes([Changed; Table::ALL.len()]);
+pub(crate) struct Changes {
+    tables: [Changed; Table::ALL.len()],
+    /// Keys and values that were set, bytes.
+    bytes: usize,
+}
 
 impl Changes {
     /// Changes one row.
     pub(crate) fn set(&mut self, table: Table, key: &[u8], value: Option<Vec<u8>>) {
-        self.0[table as usize].insert(key.to_vec(), value);
+        self.bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+        self.tables[table as usize].insert(key.to_vec(), value);
+    }
+    /// Keys and values that were set, also those that were set again since, bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
     /// A table's changes, by key; None: the row goes.
     pub(crate) fn of(&self, table: Table) -> &Changed {
-        &self.0[table as usize]
+        &self.tables[table as usize]
     }
     /// All of them.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Table, &[u8], Option<&[u8]>)> {
@@ -99,6 +108,10 @@ impl<'a, R: Read> Overlay<'a, R> {
     /// Removes a row.
     pub(crate) fn delete(&mut self, table: Table, key: &[u8]) {
         self.changes.set(table, key, None);
+    }
+    /// How much has changed, see [`Changes::bytes`].
+    pub(crate) fn changed_bytes(&self) -> usize {
+        self.changes.bytes()
     }
     /// The changes, to be written as one batch.
     pub(crate) fn into_changes(self) -> Changes {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::Node;
 use crate::StoreError;
 use crate::consensus::{Checked, Forward, Forwarded, MemberNode, ask, change, lead, says_damage};
-use crate::machine::{Command, Judged, Reply};
+use crate::machine::{Command, Judged, Reply, Unfit, validate};
 use crate::types::Confirmed;
 
 /// How long a member that is not known to lead may take to say who does.
@@ -17,6 +17,19 @@ const ELSEWHERE: Duration = Duration::from_millis(500);
 const LATE: Duration = Duration::from_millis(100);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// Why a transaction that a member passed on must not be logged: that member should not have.
+fn unfit(asked: &Forward) -> Option<String> {
+    let txns = match asked {
+        Forward::Txn(txn) => std::slice::from_ref(txn),
+        Forward::Txns(txns) => txns.as_slice(),
+        _ => return None,
+    };
+    txns.iter().find_map(|judged| match validate(&judged.txn) {
+        Ok(()) => None,
+        Err(Unfit::Invalid(why) | Unfit::TooLarge(why)) => Some(why),
+    })
+}
 
 impl Node {
     /// Confirms this node's leadership, by messages sent after this call began.
@@ -44,6 +57,9 @@ impl Node {
                 folder: self.db.folder().display().to_string(),
                 free_bytes: self.db.free_bytes().unwrap_or(0),
             };
+        }
+        if let Some(why) = unfit(&asked) {
+            return Forwarded::Refused(why);
         }
         match asked {
             Forward::Hello => Forwarded::Done,

@@ -114,7 +114,7 @@ pub(super) fn state_families() -> Vec<ColumnFamilyDescriptor> {
         let mut blocks = blocks(&cache);
         // Each new key is looked for first, and is nowhere.
         let new_keys = matches!(table, Table::Data | Table::Dedup | Table::Machine);
-        if new_keys {
+        if new_keys || table == Table::Versions {
             blocks.set_bloom_filter(10.0, false);
         }
         let mut options = family_options(&blocks);

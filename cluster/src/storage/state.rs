@@ -93,7 +93,9 @@ impl State {
                 sync_log()?;
             }
             self.rocks.write_opt(batch.batch, &options).map_err(io_error)?;
-            self.number.store(after, Ordering::SeqCst);
+            if after != state {
+                self.number.store(after, Ordering::SeqCst);
+            }
         }
         let before = self.in_memory.fetch_add(bytes, Ordering::Relaxed);
         if before.saturating_add(bytes) > MOST_BYTES {
