@@ -203,11 +203,17 @@ impl NodeLease {
         Ack::Renewed { deadline_ms: self.deadline_ms().unwrap_or(0) }
     }
 
-    /// The node learned that it was fenced: no lease until it has cleaned up and a heartbeat sent
-    /// *after* this call is acknowledged.
-    pub fn revoke(&mut self) {
+    /// The leader's answer to a heartbeat says that the node was fenced: no lease until it has cleaned
+    /// up and a heartbeat sent *after* this call is acknowledged. False, and nothing changes, where
+    /// that heartbeat is not outstanding: it was sent before what this node has learned since (that it
+    /// was fenced, and cleaned up), and the next one's answer says it again if it holds.
+    pub fn revoke(&mut self, sequence: u64) -> bool {
+        if !self.outstanding.contains_key(&sequence) {
+            return false;
+        }
         self.outstanding.clear();
         self.granted_ms = None;
+        true
     }
 
     /// When the node's HA VMs must have ended (0.6 L after sending), on the node's clock; `None`
@@ -332,12 +338,16 @@ mod tests {
         let mut lease = lease();
         let first = lease.begin_heartbeat(0);
         lease.acknowledged(first, 1);
-        let late = lease.begin_heartbeat(1_000);
-        lease.revoke();
+        let [heard, late] = [1_000, 1_500].map(|now_ms| lease.begin_heartbeat(now_ms));
+        assert!(!lease.revoke(first), "it was acknowledged since");
+        assert!(lease.revoke(heard));
         assert_eq!(lease.state(1_001), LeaseState::Expired);
         assert_eq!(lease.acknowledged(late, 1), Ack::Unasked);
         let clean = lease.begin_heartbeat(2_000);
         assert_eq!(lease.acknowledged(clean, 1), Ack::Renewed { deadline_ms: 8_000 });
+        // The second answer that says so comes when the node is clean again.
+        assert!(!lease.revoke(late));
+        assert_eq!(lease.state(2_001), LeaseState::Fresh);
     }
 
     #[test]

@@ -245,8 +245,7 @@ impl World {
     fn ack(&mut self, node: usize, sequence: u64, term: u64, fenced: bool) {
         let clock = self.nodes[node].clock(self.now_ms);
         if fenced {
-            self.nodes[node].lease.revoke();
-            if self.majority(node).is_some() {
+            if self.nodes[node].lease.revoke(sequence) && self.majority(node).is_some() {
                 self.fenced.remove(&node);
             }
         } else if self.rules.lease_counts_from_sending {

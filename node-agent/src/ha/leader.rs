@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cluster::{Consistency, Txn};
+use cluster::{Confirmed, Consistency, Txn};
 use ha_manager::{Attempts, Detector, Now, Observations, Plan, Policy, Timing, Verdict, plan};
 use proto::record::{FencedRecord, HaLeaderRecord};
 use proto::v1::{HeartbeatRequest, HeartbeatResponse, NodeReport};
@@ -13,7 +13,7 @@ use tonic::Status;
 
 use super::execute::execute;
 use super::fencing::FencingClaim;
-use super::observe::observe;
+use super::observe::Seen;
 use crate::clock::unix_ms;
 use crate::lease::boottime_ms;
 use crate::node::Node;
@@ -103,12 +103,15 @@ impl Leader {
         let confirmed = node.cluster().confirm_leadership().await;
         let confirmed = confirmed.map_err(|error| Status::unavailable(error.to_string()))?;
         let (term, key) = (confirmed.term, keys::fenced(from));
-        // Sees all that was committed before the confirmation began. What comes later is of this
-        // leadership, which has its eye on it here; or of a later one, which waits.
+        let only_just = || Status::unavailable("this leader was only just elected; ask again");
+        // Once it is open, no fencing of an earlier leadership is committed any more.
+        let epoch = self.epoch().filter(|epoch| epoch.term == term).ok_or_else(only_just)?;
+        // Sees all that was committed before the confirmation began, and before the epoch. What comes
+        // later is of this leadership, which has its eye on it here; or of a later one, which waits.
         let fenced = node.store.record::<FencedRecord>(&key, Consistency::Since(confirmed)).await?;
         let inner = self.lock();
-        if inner.epoch.is_none_or(|epoch| epoch.term != term) {
-            return Err(Status::unavailable("this leader was only just elected; ask again"));
+        if inner.epoch != Some(epoch) {
+            return Err(only_just());
         }
         if inner.fencing.contains_key(&from) {
             return Err(Status::unavailable("this node is being fenced"));
@@ -237,6 +240,7 @@ pub async fn run(node: Arc<Node>) {
             ticker.lock().detector.tick(boottime_ms());
         }
     });
+    let mut seen = Seen::default();
     let mut leadership = node.cluster().leadership();
     let mut board = node.board.subscribe();
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -255,23 +259,35 @@ pub async fn run(node: Arc<Node>) {
         let leads = leadership.borrow_and_update().is_leader;
         if !leads {
             node.leader.follow();
+            seen = Seen::default();
             continue;
         }
-        if let Err(error) = lead_once(&node).await {
+        if let Err(error) = lead_once(&node, &mut seen).await {
             tracing::debug!("HA: {error}");
         }
     }
 }
 
-async fn lead_once(node: &Arc<Node>) -> Result<(), Status> {
+async fn confirm(node: &Node) -> Result<Confirmed, Status> {
     let confirmed = node.cluster().confirm_leadership().await;
-    let term = confirmed.map_err(|error| Status::unavailable(error.to_string()))?.term;
+    confirmed.map_err(|error| Status::unavailable(error.to_string()))
+}
+
+async fn lead_once(node: &Arc<Node>, seen: &mut Seen) -> Result<(), Status> {
+    let mut confirmed = confirm(node).await?;
+    let term = confirmed.term;
     node.leader.lock().detector.lead(term, boottime_ms());
     if node.leader.epoch().is_none_or(|epoch| epoch.term != term) {
-        node.leader.open(open_epoch(node, term).await?);
+        let epoch = open_epoch(node, term).await?;
+        // Another node may have committed it for this one, which leads no more.
+        confirmed = confirm(node).await?;
+        if confirmed.term != term {
+            return Err(overtaken());
+        }
+        node.leader.open(epoch);
         tracing::info!(term, "this node leads the cluster and its HA");
     }
-    let snapshot = observe(node).await?;
+    let snapshot = seen.observe(node, confirmed).await?;
     let observations = node.leader.observations(snapshot.state.nodes.keys().copied());
     let now = Now { boottime_ms: boottime_ms(), unix_ms: unix_ms() };
     let plan = plan(&snapshot.state, &observations, &Policy::default(), now);
@@ -283,17 +299,25 @@ async fn lead_once(node: &Arc<Node>) -> Result<(), Status> {
     Ok(())
 }
 
-async fn open_epoch(node: &Node, term: u64) -> Result<Epoch, RecordError> {
+fn overtaken() -> Status {
+    Status::unavailable("another node leads by now")
+}
+
+/// Writes that this leadership is the one that acts, unless that of a later term is written already.
+pub(super) async fn open_epoch(node: &Node, term: u64) -> Result<Epoch, Status> {
     let record = HaLeaderRecord { node: node.id, term };
     loop {
         let present =
             node.store.record::<HaLeaderRecord>(keys::HA_LEADER, Consistency::Linearizable).await?;
         // Written anew even where it says this node and term already: what this node proposed
         // before it lost sight of its leadership must not be committed any more either.
+        if present.as_ref().is_some_and(|present| present.value.term > term) {
+            return Err(overtaken());
+        }
         let revision = present.map_or(Revision(0), |present| present.revision);
         let txn =
             Txn::new().if_revision(keys::HA_LEADER, revision).put(keys::HA_LEADER, json(&record));
-        let outcome = node.cluster().txn(txn).await?;
+        let outcome = node.cluster().txn(txn).await.map_err(RecordError::from)?;
         if outcome.committed() {
             return Ok(Epoch { term, revision: outcome.revision() });
         }

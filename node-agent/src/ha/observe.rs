@@ -1,8 +1,9 @@
 //! Reads what the plan looks at: all of `status/` as of one revision, and which VMs can move.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use cluster::Consistency;
+use cluster::{Confirmed, Consistency};
 use ha_manager::{ClusterState, NodeView, VmView};
 use proto::record::{NodeRecord, Placement, PoolKind, PoolRecord};
 use proto::{Name, NodeId, Revision, VmSpec, keys, parse_image};
@@ -44,6 +45,36 @@ pub async fn observe(node: &Node) -> Result<Snapshot, RecordError> {
     observe_at(node, Consistency::Linearizable).await
 }
 
+/// What was observed last, as long as it holds: in a quiet cluster it is the same each second.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Option<(Revision, Vec<NodeId>, Arc<Snapshot>)>);
+
+impl Seen {
+    /// Reads it all on the node that confirmed its leadership, unless nothing has changed.
+    pub(super) async fn observe(
+        &mut self,
+        node: &Node,
+        confirmed: Confirmed,
+    ) -> Result<Arc<Snapshot>, RecordError> {
+        let at = Consistency::Since(confirmed);
+        let (_, revision) = node.cluster().get(keys::HA_LEADER, at).await?;
+        let members = members(node);
+        if let Some((then, of, snapshot)) = &self.0
+            && (*then, of) == (revision, &members)
+        {
+            return Ok(snapshot.clone());
+        }
+        // What is read may be later than the revision, and is read again then.
+        let snapshot = Arc::new(observe_at(node, at).await?);
+        self.0 = Some((revision, members, snapshot.clone()));
+        Ok(snapshot)
+    }
+}
+
+fn members(node: &Node) -> Vec<NodeId> {
+    node.cluster().members().iter().map(|member| member.node_id).collect()
+}
+
 async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, RecordError> {
     let documents = node.cluster().range(keys::VMS, "", 0, consistency).await?;
     let status = node.cluster().range("status/", "", 0, consistency).await?;
@@ -80,7 +111,7 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
         })
         .collect();
     let documents_of_nodes = node.store.node_documents(consistency).await?;
-    let members: Vec<NodeId> = node.cluster().members().iter().map(|m| m.node_id).collect();
+    let members = members(node);
     let nodes = records
         .into_iter()
         .filter(|record| members.contains(&record.node_id))

@@ -147,8 +147,7 @@ impl Beat {
                     tracing::warn!("the leader answered another heartbeat than was sent");
                 }
                 Ok(Ok(answer)) if answer.fenced => {
-                    node.lease.revoke();
-                    if !cleaning.swap(true, Ordering::AcqRel) {
+                    if node.lease.revoke(sequence) && !cleaning.swap(true, Ordering::AcqRel) {
                         come_back(&node).await;
                         cleaning.store(false, Ordering::Release);
                     }

@@ -56,10 +56,15 @@ impl Lease {
         }
     }
 
-    /// The node was fenced: no lease until a heartbeat sent from now on is acknowledged.
-    pub fn revoke(&self) {
-        self.lock().revoke();
-        self.changed.send_replace(None);
+    /// The answer to a heartbeat says that the node was fenced: no lease until a heartbeat sent from
+    /// now on is acknowledged. False: that heartbeat is answered or outdated, and nothing changes.
+    #[must_use]
+    pub fn revoke(&self, sequence: u64) -> bool {
+        let revoked = self.lock().revoke(sequence);
+        if revoked {
+            self.changed.send_replace(None);
+        }
+        revoked
     }
 
     /// Until when HA VMs may run, `CLOCK_BOOTTIME` in nanoseconds; `None` without a lease.
@@ -120,7 +125,10 @@ mod tests {
         assert_eq!(*told.borrow_and_update(), deadline);
         assert!(lease.is_fresh() && lease.may_start() && lease.may_pet(1));
         assert_eq!(lease.acknowledged(sequence, 1), None, "an answer counts once");
-        lease.revoke();
+        assert!(!lease.revoke(sequence), "it was answered");
+        assert!(lease.is_fresh());
+        let sequence = lease.begin_heartbeat();
+        assert!(lease.revoke(sequence));
         assert_eq!(*told.borrow_and_update(), None);
         assert!(!lease.is_fresh());
     }
