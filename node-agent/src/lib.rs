@@ -30,6 +30,7 @@ pub mod config;
 pub mod documents;
 pub mod drain;
 pub mod events;
+pub mod footprint;
 pub mod ha;
 pub mod hardware;
 pub mod jail;

@@ -102,6 +102,11 @@ impl CaRecord {
         matches!(self.rotation, Some(Rotation::Trusting { .. }))
     }
 
+    /// Whether no rotation is under way.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.rotation.is_none()
+    }
+
     /// Whether all nodes show what the CA signed that signs now, and the one before is still trusted.
     #[cfg(test)]
     pub(crate) fn is_renewed(&self) -> bool {

@@ -46,17 +46,29 @@ pub(super) fn at_start(identity: &Identity, db: &Db, folder: &Path) -> Trusted {
 pub(super) async fn follow(node: Arc<Node>) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // The state at which there was nothing left to do.
+    let mut settled = None;
     while node.alive().is_ok() {
         ticks.tick().await;
-        if let Err(why) = step(&node).await {
-            tracing::warn!(%why, "the CAs that are trusted are not followed");
+        let now = node.machine.applied().borrow().index;
+        if settled == Some(now) {
+            continue;
         }
+        settled = match step(&node).await {
+            Ok(true) => Some(now),
+            Ok(false) => None,
+            Err(why) => {
+                tracing::warn!(%why, "the CAs that are trusted are not followed");
+                None
+            }
+        };
     }
 }
 
-async fn step(node: &Node) -> Result<(), String> {
+/// Answers whether that was all, until the state changes.
+async fn step(node: &Node) -> Result<bool, String> {
     let own = authority::own_copy(&node.db).map_err(|error| error.to_string())?;
-    let Some(own) = own else { return Ok(()) };
+    let Some(own) = own else { return Ok(false) };
     if own.revision.0 > node.trusted().revision {
         node.adopt(own.trusted()).await?;
     }
@@ -69,7 +81,7 @@ async fn step(node: &Node) -> Result<(), String> {
     {
         tracing::debug!(%error, "the rotation of the CA goes on later");
     }
-    Ok(())
+    Ok(own.record.is_settled())
 }
 
 impl Node {

@@ -51,16 +51,11 @@ pub(crate) async fn start(folder: &Path) -> anyhow::Result<Agents> {
         run,
     };
     for member in 0..3 {
-        agents.place_run_folder(member)?;
-        let process = agents.spawn(member)?;
-        agents.processes.push(process);
-        agents.until_it_listens(member).await?;
+        agents.begin(member, false).await?;
     }
     agents.ctl(0, &["cluster", "init", "--name", "bench"])?;
     for member in 1..3 {
-        let token = agents.ctl(0, &["-o", "json", "cluster", "token", "create"])?;
-        let token: v1::CreateTokenResponse = serde_json::from_str(&token)?;
-        agents.ctl(member, &["cluster", "join", &token.token])?;
+        agents.join(member)?;
     }
     let until = Instant::now() + LIMIT;
     let cluster_id = loop {
@@ -95,11 +90,35 @@ impl Agents {
         Ok(())
     }
 
-    fn spawn(&self, member: usize) -> anyhow::Result<Process> {
+    async fn begin(&mut self, member: usize, witness: bool) -> anyhow::Result<()> {
+        self.place_run_folder(member)?;
+        let process = self.spawn(member, witness)?;
+        self.processes.push(process);
+        self.until_it_listens(member).await
+    }
+
+    fn join(&self, member: usize) -> anyhow::Result<()> {
+        let token = self.ctl(0, &["-o", "json", "cluster", "token", "create"])?;
+        let token: v1::CreateTokenResponse = serde_json::from_str(&token)?;
+        self.ctl(member, &["cluster", "join", &token.token])?;
+        Ok(())
+    }
+
+    /// One more member, a witness; answers its process.
+    pub(crate) async fn add_witness(&mut self) -> anyhow::Result<&Process> {
+        let member = self.processes.len();
+        self.ports.push((free_port(), free_port()));
+        self.begin(member, true).await?;
+        self.join(member)?;
+        self.processes.last().context("no process")
+    }
+
+    fn spawn(&self, member: usize, witness: bool) -> anyhow::Result<Process> {
         let (api, enrol) = self.ports[member];
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let number = number(member)?;
-        let id = loopback::start(&self.folder, number, at(api), at(enrol), Lifetime::WithUs)?;
+        let id =
+            loopback::start(&self.folder, number, at(api), at(enrol), Lifetime::WithUs, witness)?;
         Ok(Process(id))
     }
 
@@ -165,7 +184,7 @@ impl Members for Agents {
     }
 
     fn start(&mut self, member: usize) -> anyhow::Result<()> {
-        self.processes[member] = self.spawn(member)?;
+        self.processes[member] = self.spawn(member, false)?;
         Ok(())
     }
 }

@@ -22,6 +22,18 @@ const SETTLE: Duration = Duration::from_secs(20);
 const CPU_PERCENT: f64 = 1.0;
 const RESIDENT_MIB: f64 = 100.0;
 const WRITTEN_MB_PER_HOUR: f64 = 1.0;
+const WITNESS_MIB: f64 = 20.0;
+/// After so long a witness has let go of what it needed to start.
+const WITNESS_SETTLES: Duration = Duration::from_secs(90);
+
+/// What the cluster takes.
+#[derive(Debug, Serialize)]
+pub(crate) struct Costs {
+    /// In the order of their numbers.
+    members: Vec<Cost>,
+    /// A witness that joins in the end, MiB.
+    witness_resident_mib: f64,
+}
 
 /// One member's.
 #[derive(Debug, Serialize)]
@@ -33,9 +45,9 @@ pub(crate) struct Cost {
     written_mb_per_hour: f64,
 }
 
-/// All members' in the order of their numbers.
-pub(crate) async fn measure(folder: &Path, idle: Idle) -> anyhow::Result<Vec<Cost>> {
-    let agents = holdfast::start(folder).await?;
+/// Starts a cluster, measures it, and ends it.
+pub(crate) async fn measure(folder: &Path, idle: Idle) -> anyhow::Result<Costs> {
+    let mut agents = holdfast::start(folder).await?;
     eprintln!("{} VMs are written", idle.vms);
     write_vms(&agents, folder, idle.vms)?;
     tokio::time::sleep(SETTLE).await;
@@ -46,20 +58,28 @@ pub(crate) async fn measure(folder: &Path, idle: Idle) -> anyhow::Result<Vec<Cos
     let (seconds, after) = (begin.elapsed().as_secs_f64(), figures(&agents)?);
     let leader = agents.leader().await?;
     let costs = before.iter().zip(&after).zip(agents.processes()).enumerate();
-    costs
+    let members: anyhow::Result<Vec<Cost>> = costs
         .map(|(member, ((before, after), process))| {
             #[allow(clippy::cast_precision_loss, reason = "figures for people")]
             let written = after.1.saturating_sub(before.1) as f64 / 1e6;
-            #[allow(clippy::cast_precision_loss, reason = "figures for people")]
-            let resident_mib = process.resident_bytes()? as f64 / f64::from(1 << 20);
             Ok(Cost {
                 leads: member == leader,
                 cpu_percent: after.0.saturating_sub(before.0).as_secs_f64() / seconds * 100.0,
-                resident_mib,
+                resident_mib: resident_mib(process)?,
                 written_mb_per_hour: written / seconds * 3600.0,
             })
         })
-        .collect()
+        .collect();
+    let members = members?;
+    eprintln!("a witness joins");
+    let witness = agents.add_witness().await?;
+    tokio::time::sleep(WITNESS_SETTLES).await;
+    Ok(Costs { members, witness_resident_mib: resident_mib(witness)? })
+}
+
+#[allow(clippy::cast_precision_loss, reason = "figures for people")]
+fn resident_mib(process: &Process) -> anyhow::Result<f64> {
+    Ok(process.resident_bytes()? as f64 / f64::from(1 << 20))
 }
 
 fn figures(agents: &Agents) -> anyhow::Result<Vec<(Duration, u64)>> {
@@ -94,7 +114,8 @@ fn write_vms(agents: &Agents, folder: &Path, vms: usize) -> anyhow::Result<()> {
 }
 
 /// The costs beside what they may be.
-pub(crate) fn table(costs: &[Cost]) -> String {
+pub(crate) fn table(costs: &Costs) -> String {
+    let Costs { members: costs, witness_resident_mib } = costs;
     let mut text = format!(
         "{:<8} {:>16} {:>20} {:>18}\n",
         "member", "CPU, % of a core", "resident memory, MiB", "written, MB/hour"
@@ -117,6 +138,10 @@ pub(crate) fn table(costs: &[Cost]) -> String {
             "< {WRITTEN_MB_PER_HOUR} {}",
             verdict(most(|cost| cost.written_mb_per_hour), WRITTEN_MB_PER_HOUR)
         ),
+    );
+    text += &format!(
+        "a witness   {witness_resident_mib:>33.1} (bar: < {WITNESS_MIB} {})\n",
+        verdict(*witness_resident_mib, WITNESS_MIB)
     );
     text
 }

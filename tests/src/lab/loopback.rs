@@ -26,6 +26,7 @@ pub fn start(
     api: SocketAddr,
     enrol: SocketAddr,
     lifetime: Lifetime,
+    witness: bool,
 ) -> anyhow::Result<ProcessId> {
     let own = folder.join(number.to_string());
     std::fs::create_dir_all(own.join("data"))?;
@@ -45,6 +46,9 @@ pub fn start(
     std::fs::write(&file, config)?;
     let log = std::fs::File::create(own.join("agent.log"))?;
     let mut command = Command::new(program("node-agent")?);
+    if witness {
+        command.arg("--witness");
+    }
     command.arg("--config").arg(file).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     let (_child, id) = spawn(&mut command, lifetime).context("the agent does not start")?;
     Ok(id)

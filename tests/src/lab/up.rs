@@ -72,7 +72,7 @@ impl Lab {
             let (Some(api), Some(enrol)) = (ports.next(), ports.next()) else {
                 bail!("no free ports on the loopback address");
             };
-            let id = loopback::start(&lab.folder, number, api, enrol, options.lifetime)?;
+            let id = loopback::start(&lab.folder, number, api, enrol, options.lifetime, false)?;
             let node = NodeState { number, softdog: false, process: Some(id), exec: enrol, api };
             lab.state.nodes.push(node);
             lab.save()?;
