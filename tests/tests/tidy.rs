@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Which crate may depend on which other of the workspace. The three cores never meet.
-const DIRECTIONS: [(&str, &[&str]); 7] = [
+const DIRECTIONS: [(&str, &[&str]); 8] = [
     ("proto", &[]),
+    ("cluster/histogram", &[]),
     ("cluster", &["proto"]),
     ("vmm-core", &["proto"]),
     ("ha-manager", &["proto"]),

@@ -1,7 +1,7 @@
 //! Reading state, and changes on top of it that later entries of a batch already see.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Bound;
 
@@ -86,7 +86,7 @@ const KEPT_ROWS: usize = 4096;
 const KEPT_BYTES: usize = 4096;
 
 /// Rows of the base, by key; None: there is none.
-type Seen = HashMap<Vec<u8>, Option<Vec<u8>>>;
+type Seen = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// State with changes on top.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use rocksdb::{DB, Direction, FlushOptions, IteratorMode, WriteBatch, WriteOptions};
+use rocksdb::{DB, Direction, FlushOptions, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
 use super::batch::Batch;
 use super::db::{io_error, next, state_number};
@@ -110,10 +110,15 @@ impl State {
         let after = next(number)?.to_be_bytes();
         for table in Table::ALL {
             let cf = table_handle(state, table)?;
-            let first = state.iterator_cf(cf, IteratorMode::Start).next();
-            let later = IteratorMode::From(&after, Direction::Forward);
-            let later = state.iterator_cf(cf, later).next().transpose().map_err(io_error)?;
-            let first = first.transpose().map_err(io_error)?;
+            let first = |from: IteratorMode<'_>| {
+                let mut options = ReadOptions::default();
+                // What is in the cache is not read from the disk when copies are compared.
+                options.fill_cache(false);
+                let mut rows = state.iterator_cf_opt(cf, options, from);
+                rows.next().transpose().map_err(io_error)
+            };
+            let later = first(IteratorMode::From(&after, Direction::Forward))?;
+            let first = first(IteratorMode::Start)?;
             let other = first.is_some_and(|(key, _)| !key.starts_with(&number.to_be_bytes()));
             if other || later.is_some() {
                 return Ok(true);
