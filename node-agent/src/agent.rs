@@ -43,7 +43,7 @@ use crate::store::{Board, Store};
 use crate::supervisor::{Supervisor, SupervisorConfig};
 use crate::task::TaskStore;
 use crate::vms::Shutdowns;
-use crate::{footprint, ha, hardware, leading, reconcile, telemetry, tree};
+use crate::{ha, hardware, leading, reconcile, telemetry, tree};
 
 /// The exit status of [`Ended::Removed`]. The systemd unit does not start the agent again after it.
 pub const EXIT_REMOVED: u8 = 3;
@@ -295,9 +295,6 @@ impl Agent {
             let node = node.clone();
             async move { node.access.follow(&node.store).await }
         });
-        if node.config.node.witness {
-            self.background(footprint::keep_small());
-        }
         self.background(reconcile::run(node.clone(), exits));
         self.background(ha::run(node.clone()));
         self.background(keep_record(node.clone()));

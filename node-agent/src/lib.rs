@@ -30,7 +30,6 @@ pub mod config;
 pub mod documents;
 pub mod drain;
 pub mod events;
-pub mod footprint;
 pub mod ha;
 pub mod hardware;
 pub mod jail;

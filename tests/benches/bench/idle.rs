@@ -23,8 +23,8 @@ const CPU_PERCENT: f64 = 1.0;
 const RESIDENT_MIB: f64 = 100.0;
 const WRITTEN_MB_PER_HOUR: f64 = 1.0;
 const WITNESS_MIB: f64 = 20.0;
-/// After so long a witness has let go of what it needed to start.
-const WITNESS_SETTLES: Duration = Duration::from_secs(90);
+/// Until a witness that joins is through with it.
+const WITNESS_SETTLES: Duration = Duration::from_secs(30);
 
 /// What the cluster takes.
 #[derive(Debug, Serialize)]
