@@ -105,7 +105,10 @@ async fn owned(node: &Node, id: NodeId) -> Result<Vec<String>, StoreError> {
     let mut owned = Vec::new();
     for kv in placements.kvs {
         let placement: Placement = from_json(&kv)?;
-        let coming = matches!(placement.phase, Phase::Migrating { target } if target == id);
+        let coming = matches!(
+            placement.phase,
+            Phase::Migrating { target } | Phase::Relocating { target } if target == id
+        );
         if (placement.owner == id || coming) && owned.len() < NAMED_MAX {
             owned.push(kv.key[keys::PLACEMENTS.len()..].to_owned());
         }

@@ -274,6 +274,9 @@ fn at_rest(mut placement: Placement, owner: NodeId) -> Result<Placement, String>
     placement.phase = Phase::Stopped;
     placement.requested = Requested::Stopped;
     placement.start_failures = 0;
+    placement.tried.clear();
+    placement.home = None;
+    placement.lock = None;
     placement.retry_at_unix_ms = None;
     placement.message = Some(MESSAGE.to_owned());
     placement.note("restored from a backup".to_owned());

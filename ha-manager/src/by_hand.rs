@@ -13,7 +13,8 @@ use proto::record::{Phase, Placement};
 use proto::{Name, NodeId, Revision};
 
 use crate::detector::Verdict;
-use crate::plan::{Action, ClusterState, FencedVm, Observations, phase_after_fencing, vm_ref};
+use crate::plan::{Action, FencedVm, phase_after_fencing};
+use crate::state::{ClusterState, Mobility, Observations, VmRef};
 use crate::{NodeState, Timing};
 
 /// Why a node is not fenced by hand.
@@ -89,8 +90,8 @@ pub fn plan_by_hand(
     let mut bound = BTreeSet::new();
     for (name, vm) in state.vms.iter().filter(|(_, vm)| vm.placement.owner == node) {
         let Some(phase) = phase_by_hand(node_state, &vm.placement) else { continue };
-        vms.push(FencedVm { vm: vm_ref(name, vm), phase });
-        if !vm.movable {
+        vms.push(FencedVm { vm: VmRef::of(name, vm), phase });
+        if vm.mobility == Mobility::Bound {
             bound.insert(name.clone());
         }
     }
@@ -106,10 +107,14 @@ fn phase_by_hand(node_state: NodeState, placement: &Placement) -> Option<Phase> 
         return phase_after_fencing(node_state, placement);
     }
     match placement.phase {
-        Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => {
-            Some(Phase::Stopped)
+        Phase::Starting
+        | Phase::Started
+        | Phase::Stopping
+        | Phase::Migrating { .. }
+        | Phase::Relocating { .. } => Some(Phase::Stopped),
+        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable | Phase::Frozen => {
+            None
         }
-        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => None,
     }
 }
 

@@ -17,6 +17,7 @@
 use std::collections::BTreeMap;
 
 use proto::NodeId;
+use proto::record::NodeRecord;
 use serde::Serialize;
 
 use crate::lease::Timing;
@@ -49,7 +50,7 @@ pub enum Verdict {
 pub enum NodeState {
     /// Up, takes VMs.
     Online,
-    /// Up, drained: takes no VMs, gives its VMs away.
+    /// Drained, or absent as planned: takes no VMs, gives its VMs away.
     Maintenance,
     /// Not heard lately.
     Unknown,
@@ -62,17 +63,19 @@ pub enum NodeState {
 }
 
 impl NodeState {
-    /// The state of a node, from its record's `maintenance` (`None`: no record), whether a
-    /// fenced record exists, and the detector's verdict.
+    /// The state of a node, from its record, whether a fenced record exists, and the detector's
+    /// verdict. A planned absence is maintenance, silent or not, once nothing runs there.
     #[must_use]
-    pub fn of(maintenance: Option<bool>, fenced: bool, verdict: Verdict) -> Self {
-        match (maintenance, fenced, verdict) {
-            (None, _, _) => Self::Gone,
-            (Some(_), true, _) => Self::Fenced,
-            (Some(_), false, Verdict::Dead { .. }) => Self::Fencing,
-            (Some(_), false, Verdict::Unknown { .. } | Verdict::NotLeading) => Self::Unknown,
-            (Some(true), false, Verdict::Alive { .. }) => Self::Maintenance,
-            (Some(false), false, Verdict::Alive { .. }) => Self::Online,
+    pub fn of(record: &NodeRecord, fenced: bool, verdict: Verdict) -> Self {
+        let absent = record.absence.is_some();
+        let clear = record.absence.is_some_and(|absence| absence.clear);
+        match verdict {
+            _ if fenced => Self::Fenced,
+            _ if clear => Self::Maintenance,
+            Verdict::Dead { .. } => Self::Fencing,
+            Verdict::Unknown { .. } | Verdict::NotLeading => Self::Unknown,
+            Verdict::Alive { .. } if absent || record.maintenance => Self::Maintenance,
+            Verdict::Alive { .. } => Self::Online,
         }
     }
 
@@ -105,6 +108,8 @@ struct Leading {
     since_ms: u64,
     ticked_ms: u64,
     heard_ms: BTreeMap<NodeId, u64>,
+    /// Since when each node's lease is known to bind its VMs; a node that is missing: from before.
+    bound_ms: BTreeMap<NodeId, Option<u64>>,
 }
 
 impl Detector {
@@ -118,8 +123,13 @@ impl Detector {
     /// change nothing, another term starts afresh.
     pub fn lead(&mut self, term: u64, now_ms: u64) {
         if self.leading.as_ref().is_none_or(|leading| leading.term != term) {
-            let heard_ms = BTreeMap::new();
-            self.leading = Some(Leading { term, since_ms: now_ms, ticked_ms: now_ms, heard_ms });
+            self.leading = Some(Leading {
+                term,
+                since_ms: now_ms,
+                ticked_ms: now_ms,
+                heard_ms: BTreeMap::new(),
+                bound_ms: BTreeMap::new(),
+            });
         }
     }
 
@@ -149,10 +159,23 @@ impl Detector {
         }
     }
 
+    /// Whether the configuration, as it was just read, says that the node's lease binds its VMs:
+    /// not while HA is disarmed, and not before the node has said after that that it does again; nor
+    /// while it is down as planned.
+    /// Silence from before proves nothing: a full L is counted from the first time that it is read
+    /// here. To be told at each reading.
+    pub fn binds(&mut self, node: NodeId, binds: bool, now_ms: u64) {
+        if let Some(leading) = &mut self.leading {
+            let since_ms = leading.bound_ms.entry(node).or_insert(None);
+            *since_ms = if binds { since_ms.or(Some(now_ms)) } else { None };
+        }
+    }
+
     /// The node was removed from the cluster.
     pub fn forget(&mut self, node: NodeId) {
         if let Some(leading) = &mut self.leading {
             leading.heard_ms.remove(&node);
+            leading.bound_ms.remove(&node);
         }
     }
 
@@ -178,12 +201,15 @@ impl Detector {
             return Verdict::Alive { age_ms: 0 };
         }
         let heard_ms = leading.heard_ms.get(&node).copied();
-        let counted_from_ms = heard_ms.unwrap_or(0).max(leading.since_ms);
+        let bound_ms = leading.bound_ms.get(&node).copied();
+        let unbound = bound_ms == Some(None);
+        let counted_from_ms =
+            heard_ms.unwrap_or(0).max(leading.since_ms).max(bound_ms.flatten().unwrap_or(0));
         let silent_ms = now_ms.saturating_sub(counted_from_ms);
         let age_ms = now_ms.saturating_sub(heard_ms.unwrap_or(leading.since_ms));
         // The last tick may be old if the caller forgot it: then nothing is certain.
         let stalled = now_ms.saturating_sub(leading.ticked_ms) > self.timing.stall_ms();
-        if silent_ms >= self.timing.lease_ms() && !stalled {
+        if silent_ms >= self.timing.lease_ms() && !stalled && !unbound {
             Verdict::Dead { age_ms }
         } else if heard_ms.is_some() && age_ms <= self.timing.unknown_after_ms() {
             Verdict::Alive { age_ms }
@@ -269,6 +295,20 @@ mod tests {
     }
 
     #[test]
+    fn silence_while_no_lease_binds_proves_nothing() {
+        let mut detector = leading(0);
+        detector.heard(OTHER, 0);
+        detector.binds(OTHER, true, 0);
+        detector.binds(OTHER, false, 1_000);
+        assert!(matches!(run_to(&mut detector, 0, 60_000), Verdict::Unknown { .. }));
+        // It says that it binds again, and falls silent at once: a full L from now.
+        detector.binds(OTHER, true, 60_000);
+        detector.binds(OTHER, true, 65_000);
+        assert!(matches!(run_to(&mut detector, 60_000, 69_999), Verdict::Unknown { .. }));
+        assert!(matches!(run_to(&mut detector, 69_999, 70_000), Verdict::Dead { .. }));
+    }
+
+    #[test]
     fn the_leader_never_calls_itself_dead() {
         let mut detector = leading(0);
         run_to(&mut detector, 0, 60_000);
@@ -279,20 +319,33 @@ mod tests {
     fn node_states_from_what_is_known() {
         let (alive, lost) = (Verdict::Alive { age_ms: 0 }, Verdict::Unknown { age_ms: 5_000 });
         let dead = Verdict::Dead { age_ms: 10_000 };
+        let going = serde_json::json!({"absence": {"kind": "reboot"}});
+        let gone = serde_json::json!({"absence": {"kind": "reboot", "clear": true}});
+        let (well, drained) = (serde_json::json!({}), serde_json::json!({"maintenance": true}));
         let cases = [
-            (None, false, alive, NodeState::Gone),
-            (None, true, dead, NodeState::Gone),
-            (Some(false), false, alive, NodeState::Online),
-            (Some(true), false, alive, NodeState::Maintenance),
-            (Some(true), false, lost, NodeState::Unknown),
-            (Some(false), false, Verdict::NotLeading, NodeState::Unknown),
-            (Some(false), false, dead, NodeState::Fencing),
-            (Some(false), true, dead, NodeState::Fenced),
+            (&well, false, alive, NodeState::Online),
+            (&drained, false, alive, NodeState::Maintenance),
+            (&drained, false, lost, NodeState::Unknown),
+            (&well, false, Verdict::NotLeading, NodeState::Unknown),
+            (&well, false, dead, NodeState::Fencing),
+            (&well, true, dead, NodeState::Fenced),
             // It is back, but has not cleaned up yet.
-            (Some(false), true, alive, NodeState::Fenced),
+            (&well, true, alive, NodeState::Fenced),
+            // It dies on its way down: something may run there.
+            (&going, false, alive, NodeState::Maintenance),
+            (&going, false, dead, NodeState::Fencing),
+            (&gone, false, lost, NodeState::Maintenance),
+            (&gone, false, dead, NodeState::Maintenance),
+            (&gone, true, dead, NodeState::Fenced),
         ];
-        for (maintenance, fenced, verdict, expected) in cases {
-            assert_eq!(NodeState::of(maintenance, fenced, verdict), expected, "{verdict:?}");
+        for (said, fenced, verdict, expected) in cases {
+            let mut record = serde_json::json!({
+                "node_id": 1, "name": "n1", "api_address": "", "cpus": 1, "memory_bytes": 1,
+            });
+            let fields = said.as_object().unwrap().clone();
+            record.as_object_mut().unwrap().extend(fields);
+            let record = serde_json::from_value(record).unwrap();
+            assert_eq!(NodeState::of(&record, fenced, verdict), expected, "{said} {verdict:?}");
         }
     }
 }

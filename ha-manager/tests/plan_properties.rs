@@ -6,7 +6,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Cluster, MIB};
-use ha_manager::{Action, NodeState, Plan, Verdict, VmRef};
+use ha_manager::{Action, Explainer, Mobility, NodeState, Plan, Verdict, VmRef, edits};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proto::record::{Phase, Requested};
@@ -31,6 +31,8 @@ fn any_vm() -> impl Strategy<Value = String> {
         "stopping",
         "migrating->node1",
         "migrating->node3",
+        "relocating->node2",
+        "frozen",
         "recovering",
         "error",
         "unplaceable",
@@ -63,9 +65,14 @@ fn any_cluster() -> impl Strategy<Value = Cluster> {
 fn refs(action: &Action) -> Vec<&VmRef> {
     match action {
         Action::Fence { vms, .. } => vms.iter().map(|fenced| &fenced.vm).collect(),
+        Action::PowerOff { .. } => Vec::new(),
         Action::Start { vm, .. }
         | Action::Migrate { vm, .. }
+        | Action::Relocate { vm, .. }
         | Action::Reassign { vm, .. }
+        | Action::Remember { vm, .. }
+        | Action::Stop { vm, .. }
+        | Action::Freeze { vm, .. }
         | Action::Delay { vm, .. }
         | Action::MarkUnplaceable { vm, .. }
         | Action::MarkError { vm, .. } => vec![vm],
@@ -81,15 +88,22 @@ fn reserved_mib(cluster: &Cluster, plan: &Plan) -> BTreeMap<NodeId, (u64, u64)> 
             Phase::Starting | Phase::Started | Phase::Stopping => {
                 reserved.entry(at).or_default().0 += mib
             }
-            Phase::Migrating { target } => {
+            Phase::Migrating { target } | Phase::Relocating { target } => {
                 reserved.entry(at).or_default().0 += mib;
                 reserved.entry(target).or_default().0 += mib;
             }
-            Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => {}
+            Phase::Stopped
+            | Phase::Recovering
+            | Phase::Error
+            | Phase::Unplaceable
+            | Phase::Frozen => {}
         }
     }
     for action in &plan.actions {
-        if let Action::Start { vm, to, .. } | Action::Migrate { vm, to, .. } = action {
+        if let Action::Start { vm, to, .. }
+        | Action::Migrate { vm, to, .. }
+        | Action::Relocate { vm, to, .. } = action
+        {
             let memory_bytes = cluster.state.vms[&vm.name].placement.memory_bytes;
             reserved.entry(*to).or_default().1 += proto::vm_needs_bytes(memory_bytes) / MIB;
         }
@@ -118,7 +132,11 @@ proptest! {
             let memory_mib = cluster.state.nodes.get(&node).map_or(0, |v| v.record.memory_bytes / MIB);
             prop_assert!(added_mib == 0 || before_mib + added_mib <= memory_mib, "node{node} overcommitted");
         }
-        prop_assert_eq!(plan.report.len(), cluster.state.vms.len(), "each VM has its reason");
+        let explainer = Explainer::new(
+            &cluster.state, &cluster.observations, &cluster.policy, &plan,
+        );
+        let explained = cluster.state.vms.keys().filter(|vm| explainer.explain(vm).is_some());
+        prop_assert_eq!(explained.count(), cluster.state.vms.len(), "each VM has its reason");
     }
 }
 
@@ -131,7 +149,7 @@ fn check_action(cluster: &Cluster, plan: &Plan, action: &Action) -> Result<(), T
         Action::Start { vm, to, .. } => {
             let view = &cluster.state.vms[&vm.name];
             prop_assert!(online(to));
-            prop_assert!(view.movable || *to == view.placement.owner);
+            prop_assert!((view.mobility != Mobility::Bound) || *to == view.placement.owner);
             let due = view.placement.retry_at_unix_ms.is_some_and(|at| at <= cluster.now.unix_ms);
             prop_assert!(
                 view.placement.start_failures == 0 || due,
@@ -140,7 +158,7 @@ fn check_action(cluster: &Cluster, plan: &Plan, action: &Action) -> Result<(), T
             // Only what runs nowhere by its record: nothing of a node that is not fenced.
             prop_assert!(matches!(
                 view.placement.phase,
-                Phase::Recovering | Phase::Unplaceable | Phase::Stopped
+                Phase::Recovering | Phase::Unplaceable | Phase::Stopped | Phase::Frozen
             ));
             prop_assert!(
                 view.placement.phase != Phase::Stopped
@@ -149,12 +167,12 @@ fn check_action(cluster: &Cluster, plan: &Plan, action: &Action) -> Result<(), T
         }
         Action::Reassign { vm, to, .. } => {
             let view = &cluster.state.vms[&vm.name];
-            prop_assert!(online(to) && view.movable);
+            prop_assert!(online(to) && (view.mobility != Mobility::Bound));
             prop_assert!(matches!(view.placement.phase, Phase::Stopped | Phase::Error));
         }
-        Action::Migrate { vm, from, to, .. } => {
+        Action::Migrate { vm, from, to, .. } | Action::Relocate { vm, from, to, .. } => {
             let view = &cluster.state.vms[&vm.name];
-            prop_assert!(online(to) && view.movable && from != to);
+            prop_assert!(online(to) && (view.mobility != Mobility::Bound) && from != to);
             prop_assert_eq!(*from, view.placement.owner);
             prop_assert_eq!(view.placement.phase, Phase::Started);
         }
@@ -174,7 +192,9 @@ fn check_action(cluster: &Cluster, plan: &Plan, action: &Action) -> Result<(), T
             let wait_ms = until_unix_ms - cluster.now.unix_ms;
             prop_assert_eq!(wait_ms, cluster.policy.start_backoff_ms(placement.start_failures));
         }
-        Action::MarkUnplaceable { .. } | Action::MarkError { .. } => {}
+        Action::Stop { .. } | Action::Freeze { .. } => prop_assert!(false, "no node goes down"),
+        Action::PowerOff { .. } => prop_assert!(false, "no node can be switched off from outside"),
+        Action::Remember { .. } | Action::MarkUnplaceable { .. } | Action::MarkError { .. } => {}
     }
     Ok(())
 }
@@ -304,65 +324,46 @@ impl World {
         if self.compares && !holds {
             return;
         }
+        let edits = edits(&self.cluster.state, action);
+        let given_to_fenced = edits
+            .iter()
+            .filter_map(|edit| edit.gives_to)
+            .any(|to| self.cluster.state.nodes[&to].fenced.is_some());
+        if self.compares && given_to_fenced {
+            return;
+        }
         self.revision += 1;
         let revision = Revision(self.revision);
-        let fenced = |world: &Self, node: &NodeId| world.cluster.state.nodes[node].fenced;
         match action {
-            Action::Fence { node, fenced: expected, vms, .. } => {
-                if self.compares && fenced(self, node).unwrap_or_default() != *expected {
+            Action::Fence { node, fenced: expected, .. } => {
+                let view = self.cluster.state.nodes.get_mut(node).unwrap();
+                if self.compares && view.fenced.unwrap_or_default() != *expected {
                     return;
                 }
-                self.cluster.state.nodes.get_mut(node).unwrap().fenced = Some(revision);
-                for vm in vms {
-                    self.put(&vm.vm.name, None, vm.phase, revision);
-                }
-            }
-            Action::Start { vm, to, .. } => {
-                if self.compares && fenced(self, to).is_some() {
-                    return;
-                }
-                self.put(&vm.name, Some(*to), Phase::Starting, revision);
-            }
-            Action::Reassign { vm, to, .. } => {
-                if self.compares && fenced(self, to).is_some() {
-                    return;
-                }
-                let phase = self.cluster.state.vms[&vm.name].placement.phase;
-                self.put(&vm.name, Some(*to), phase, revision);
+                view.fenced = Some(revision);
             }
             // A live migration that succeeds at once: its commit compares too. Where the target's
             // lease has ended meanwhile, so has its VM process: nothing runs at either end.
             Action::Migrate { vm, from, to, .. } => {
                 let source_runs = self.running.entry(*from).or_default().remove(&vm.name);
                 if source_runs.is_some() {
-                    self.put(&vm.name, Some(*to), Phase::Started, revision);
-                    let generation = self.cluster.state.vms[&vm.name].placement.generation;
+                    let view = self.cluster.state.vms.get_mut(&vm.name).unwrap();
+                    ha_manager::owner::committed(&mut view.placement, *to, "the target");
+                    view.mod_revision = revision;
+                    let generation = view.placement.generation;
                     let verdict = self.cluster.observations.verdicts[to];
                     if !matches!(verdict, Verdict::Dead { .. }) {
                         self.running.entry(*to).or_default().insert(vm.name.clone(), generation);
                     }
                 }
             }
-            Action::Delay { vm, until_unix_ms, .. } => {
-                let vm = self.cluster.state.vms.get_mut(&vm.name).unwrap();
-                vm.placement.retry_at_unix_ms = Some(*until_unix_ms);
-                vm.mod_revision = revision;
-            }
-            Action::MarkUnplaceable { vm, .. } => {
-                self.put(&vm.name, None, Phase::Unplaceable, revision)
-            }
-            Action::MarkError { vm, .. } => self.put(&vm.name, None, Phase::Error, revision),
+            _ => {}
         }
-    }
-
-    fn put(&mut self, name: &Name, owner: Option<NodeId>, phase: Phase, revision: Revision) {
-        let vm = self.cluster.state.vms.get_mut(name).unwrap();
-        vm.placement.owner = owner.unwrap_or(vm.placement.owner);
-        vm.placement.phase = phase;
-        if !matches!(phase, Phase::Unplaceable | Phase::Error) {
-            vm.placement.generation = vm.placement.generation.next();
+        for edit in edits {
+            let vm = self.cluster.state.vms.get_mut(&edit.vm).unwrap();
+            vm.placement = edit.placement;
+            vm.mod_revision = revision;
         }
-        vm.mod_revision = revision;
     }
 
     fn copies(&self, vm: &Name) -> usize {

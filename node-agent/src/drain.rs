@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ha_manager::Mobility;
 use proto::record::Phase;
 use proto::v1::HaStatusRequest;
 use proto::v1::ha_client::HaClient;
@@ -36,15 +37,20 @@ impl Here {
         let mut here = Self::default();
         for (name, placement) in view.placements.iter().filter(|(_, p)| p.value.owner == id) {
             let set = match placement.value.phase {
-                Phase::Stopped | Phase::Error | Phase::Recovering | Phase::Unplaceable => {
-                    &mut here.down
-                }
-                Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => {
-                    &mut here.up
-                }
+                Phase::Stopped
+                | Phase::Error
+                | Phase::Recovering
+                | Phase::Unplaceable
+                | Phase::Frozen => &mut here.down,
+                Phase::Starting
+                | Phase::Started
+                | Phase::Stopping
+                | Phase::Migrating { .. }
+                | Phase::Relocating { .. } => &mut here.up,
             };
             set.insert(name.clone());
-            here.migrating |= matches!(placement.value.phase, Phase::Migrating { .. });
+            here.migrating |=
+                matches!(placement.value.phase, Phase::Migrating { .. } | Phase::Relocating { .. });
         }
         here
     }
@@ -130,7 +136,8 @@ async fn only_bound(node: &Node, here: &Here) -> Option<Vec<Name>> {
         return Some(down);
     }
     let snapshot = observe(node).await.ok()?;
-    let bound = |name: &Name| snapshot.state.vms.get(name).is_some_and(|vm| !vm.movable);
+    let bound =
+        |name: &Name| snapshot.state.vms.get(name).is_some_and(|vm| vm.mobility == Mobility::Bound);
     down.iter().all(bound).then_some(down)
 }
 

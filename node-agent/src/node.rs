@@ -136,6 +136,8 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             zone: self.config.node.zone.clone(),
             witness: self.config.node.witness,
+            // It is back.
+            absence: None,
         }
     }
 

@@ -73,11 +73,12 @@ pub fn outlook(
     members: &[Voice],
     state: &ClusterState,
     observations: &Observations,
+    policy: &Policy,
 ) -> Vec<Outlook> {
     let voters = members.iter().filter(|member| member.voter);
     let (all, up) = (voters.clone().count(), voters.filter(|member| member.up).count());
     let after = |member: &Voice| {
-        let mut outlook = without(member, state, observations);
+        let mut outlook = without(member, state, observations, policy);
         outlook.voters = all;
         outlook.voters_left = up - usize::from(member.voter);
         outlook
@@ -87,14 +88,23 @@ pub fn outlook(
 
 fn runs(placement: &Placement) -> bool {
     match placement.phase {
-        Phase::Starting | Phase::Started | Phase::Migrating { .. } => true,
+        Phase::Starting | Phase::Started | Phase::Migrating { .. } | Phase::Relocating { .. } => {
+            true
+        }
         Phase::Stopping => placement.requested == Requested::Started,
-        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => false,
+        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable | Phase::Frozen => {
+            false
+        }
     }
 }
 
 /// The node's VMs after its fencing, by the plan that would be made then.
-fn without(member: &Voice, state: &ClusterState, observations: &Observations) -> Outlook {
+fn without(
+    member: &Voice,
+    state: &ClusterState,
+    observations: &Observations,
+    policy: &Policy,
+) -> Outlook {
     let (mut state, mut observations) = (state.clone(), observations.clone());
     if let Some(view) = state.nodes.get_mut(&member.id) {
         view.fenced = Some(Revision(1));
@@ -108,13 +118,15 @@ fn without(member: &Voice, state: &ClusterState, observations: &Observations) ->
         }
         if vm.placement.ha && vm.placement.requested == Requested::Started {
             vm.placement.phase = Phase::Recovering;
-            vm.placement.start_failures = 0;
+            ha_manager::owner::forget_failures(&mut vm.placement);
             down.insert(name.clone());
         } else if !vm.placement.ha {
             wait.push(name.clone());
         }
     }
-    let plan = plan(&state, &observations, &Policy::default(), Now::default());
+    // In the end, not at once.
+    let policy = Policy { parallel_starts: usize::MAX, node_starts: usize::MAX, ..*policy };
+    let plan = plan(&state, &observations, &policy, Now::default());
     let started = plan.actions.iter().filter_map(|action| match action {
         Action::Start { vm, .. } => Some(vm.name.clone()),
         _ => None,
@@ -134,16 +146,19 @@ fn without(member: &Voice, state: &ClusterState, observations: &Observations) ->
 mod tests {
     use std::collections::BTreeMap;
 
-    use ha_manager::{NodeView, VmView};
+    use std::sync::Arc;
+
+    use ha_manager::{Mobility, NodeView, VmView};
 
     use super::*;
 
     fn node(id: u64, memory_mib: u64) -> (NodeId, NodeView) {
         let record = serde_json::from_value(serde_json::json!({
             "node_id": id, "name": format!("node{id}"), "api_address": "", "cpus": 4,
-            "memory_bytes": memory_mib << 20,
+            "memory_bytes": memory_mib << 20, "watchdog": "softdog",
         }));
-        (NodeId(id), NodeView { record: record.unwrap(), fenced: None })
+        let record = record.unwrap();
+        (NodeId(id), NodeView { record, fenced: None, power_fencing: false, unarmed: false })
     }
 
     fn vm(name: &str, owner: u64, ha: bool, phase: Phase) -> (Name, VmView) {
@@ -152,8 +167,12 @@ mod tests {
             "phase": phase, "requested": "started", "ha": ha, "cpus": 1,
             "memory_bytes": 256 << 20,
         }));
-        let view =
-            VmView { placement: placement.unwrap(), mod_revision: Revision(4), movable: true };
+        let view = VmView {
+            placement: placement.unwrap(),
+            mod_revision: Revision(4),
+            mobility: Mobility::Live,
+            wishes: Arc::default(),
+        };
         (name.parse().unwrap(), view)
     }
 
@@ -173,8 +192,12 @@ mod tests {
                 up: *up,
             })
             .collect();
-        let state = ClusterState { nodes, vms: vms.into_iter().collect() };
-        outlook(&members, &state, &observations).iter().map(Outlook::summary).collect()
+        let vms = vms.into_iter().collect();
+        let state = ClusterState { nodes, vms, ..ClusterState::default() };
+        outlook(&members, &state, &observations, &Policy::default())
+            .iter()
+            .map(Outlook::summary)
+            .collect()
     }
 
     #[test]

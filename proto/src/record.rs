@@ -28,10 +28,21 @@ pub struct Placement {
     pub cpus: u32,
     /// Guest memory in bytes, for placement.
     pub memory_bytes: u64,
-    /// Starts that failed since it last ran or a person last asked for it. The owner counts; it
-    /// puts the VM into [`Phase::Recovering`] with each, and the plan tries again or gives up.
+    /// Starts that failed at this owner since it last ran or a person last asked for it. The owner
+    /// counts; it puts the VM into [`Phase::Recovering`] with each, and the plan tries again, there
+    /// or elsewhere, or gives up.
     #[serde(default)]
     pub start_failures: u32,
+    /// Nodes that it left because it could not be started there, since it last ran for a while or a
+    /// person last asked for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tried: Vec<NodeId>,
+    /// The node that it left for that node's maintenance or shutdown, and returns to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<NodeId>,
+    /// The operation that holds it (a backup, say): until that ends it is not moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<String>,
     /// After a failed start: not before this moment, in Unix milliseconds of the leader that wrote
     /// it. A courtesy between tries, never a matter of safety: a leader whose clock makes the wait
     /// longer than the back-off is writes it anew.
@@ -74,6 +85,11 @@ pub enum Phase {
         /// Where to.
         target: NodeId,
     },
+    /// It cannot move while it runs: the owner stops it, gives it to the target, which starts it.
+    Relocating {
+        /// Where to.
+        target: NodeId,
+    },
     /// Its owner was fenced, or could not start it: it runs nowhere, and waits for a new owner or
     /// another try.
     Recovering,
@@ -81,6 +97,8 @@ pub enum Phase {
     Error,
     /// No node can take it at present; tried again when something changes.
     Unplaceable,
+    /// Its owner stops it, or has, for a planned shutdown, and starts it again when it is back.
+    Frozen,
 }
 
 impl Phase {
@@ -93,9 +111,11 @@ impl Phase {
             Self::Started => "started",
             Self::Stopping => "stopping",
             Self::Migrating { .. } => "migrating",
+            Self::Relocating { .. } => "relocating",
             Self::Recovering => "recovering",
             Self::Error => "error",
             Self::Unplaceable => "unplaceable",
+            Self::Frozen => "frozen",
         }
     }
 }
@@ -108,6 +128,20 @@ pub enum Requested {
     Started,
     /// Not to run.
     Stopped,
+    /// Whatever it does: HA leaves it alone, running or not, until a person asks for something else.
+    Ignored,
+}
+
+impl Requested {
+    /// The word shown to people.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Stopped => "stopped",
+            Self::Ignored => "ignored",
+        }
+    }
 }
 
 /// A node as the cluster knows it. Written by the node when it comes up, and for maintenance.
@@ -144,6 +178,29 @@ pub struct NodeRecord {
     /// Here to vote: it runs no VMs.
     #[serde(default)]
     pub witness: bool,
+    /// Its machine goes down as planned, or has; the node takes it back when it is up again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub absence: Option<Absence>,
+}
+
+/// A planned absence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Absence {
+    /// What its operator asked for.
+    pub kind: AbsenceKind,
+    /// No HA VM runs there any more, by the node's own word: nothing need be fenced.
+    #[serde(default)]
+    pub clear: bool,
+}
+
+/// How a node goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AbsenceKind {
+    /// For now.
+    Shutdown,
+    /// It comes back at once.
+    Reboot,
 }
 
 /// One answer of the CPUID instruction.

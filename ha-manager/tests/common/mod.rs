@@ -2,8 +2,11 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::sync::Arc;
+
 use ha_manager::{
-    Action, ClusterState, NodeView, Now, Observations, Plan, Policy, Verdict, VmRef, VmView,
+    Action, ClusterState, Explainer, Mobility, NodeView, Now, Observations, Plan, Policy, Rules,
+    Verdict, VmRef, VmReport, VmView, Wishes,
 };
 use proto::record::{NodeRecord, Phase, Placement, Requested};
 use proto::{Name, NodeId, Revision};
@@ -21,6 +24,7 @@ pub(crate) fn id(node: &str) -> NodeId {
 pub(crate) fn phase(word: &str) -> Phase {
     match word.split_once("->") {
         Some(("migrating", target)) => Phase::Migrating { target: id(target) },
+        Some(("relocating", target)) => Phase::Relocating { target: id(target) },
         Some(_) => panic!("{word}"),
         None => [
             Phase::Stopped,
@@ -30,6 +34,7 @@ pub(crate) fn phase(word: &str) -> Phase {
             Phase::Recovering,
             Phase::Error,
             Phase::Unplaceable,
+            Phase::Frozen,
         ]
         .into_iter()
         .find(|phase| phase.word() == word)
@@ -46,9 +51,10 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// One line each: `node1 alive|unknown|dead [drained] [fenced] [witness] [512MiB]` or
-    /// `vm NAME on node1 PHASE [ha] [local] [down] [256MiB] [failed=N]
-    /// [retry=UNIX_MS]`.
+    /// One line each: `node1 alive|unknown|dead [drained] [fenced] [witness] [unguarded] [power]
+    /// [shutdown|reboot] [clear] [512MiB]` or `vm NAME on node1 PHASE [ha] [local] [cold] [down]
+    /// [ignored] [256MiB] [failed=N] [tried=N] [restarts=N] [relocations=N] [priority=N] [after=VM]
+    /// [home=node1] [locked] [sticky] [retry=UNIX_MS]`.
     pub(crate) fn new(text: &str) -> Self {
         let mut cluster = Self::default();
         text.lines().for_each(|line| cluster.add(line));
@@ -77,6 +83,8 @@ impl Cluster {
             "memory_bytes": size(flags).unwrap_or(1024 * MIB),
             "maintenance": flags.contains(&"drained"),
             "witness": flags.contains(&"witness"),
+            "watchdog": if flags.contains(&"unguarded") { "" } else { "softdog" },
+            "absence": absence(flags),
         }))
         .unwrap();
         let verdict = match verdict {
@@ -87,12 +95,27 @@ impl Cluster {
             other => panic!("{other}"),
         };
         let fenced = flags.contains(&"fenced").then_some(Revision(77));
-        self.state.nodes.insert(id(node), NodeView { record, fenced });
+        let power_fencing = flags.contains(&"power");
+        let unarmed = flags.contains(&"unarmed");
+        self.state.nodes.insert(id(node), NodeView { record, fenced, power_fencing, unarmed });
         self.observations.verdicts.insert(id(node), verdict);
     }
 
     pub(crate) fn plan(&self) -> Plan {
         ha_manager::plan(&self.state, &self.observations, &self.policy, self.now)
+    }
+
+    /// Gives the cluster rules: `nodes[!] a b @ node1=2 node2`, `together[!] a b`, `apart[!] a b`.
+    pub(crate) fn rules(&mut self, lines: &[&str]) {
+        self.state.rules =
+            Arc::new(Rules::unchecked(lines.iter().map(|text| rule(text)).collect()));
+    }
+
+    /// Why a VM is where it is.
+    pub(crate) fn explain(&self, vm: &str) -> VmReport {
+        let plan = self.plan();
+        let explainer = Explainer::new(&self.state, &self.observations, &self.policy, &plan);
+        explainer.explain(&name(vm)).unwrap()
     }
 
     /// The plan's actions, a line each.
@@ -109,9 +132,39 @@ fn size(flags: &[&str]) -> Option<u64> {
     flags.iter().find_map(|flag| Some(flag.parse::<proto::ByteSize>().ok()?.0))
 }
 
+fn absence(flags: &[&str]) -> serde_json::Value {
+    let clear = flags.contains(&"clear");
+    let kind = flags.iter().find(|flag| ["shutdown", "reboot"].contains(flag));
+    kind.map_or(serde_json::Value::Null, |kind| serde_json::json!({"kind": kind, "clear": clear}))
+}
+
+fn rule(text: &str) -> ha_manager::Rule {
+    let (head, nodes) = text.split_once('@').unwrap_or((text, ""));
+    let mut words = head.split_whitespace();
+    let word = words.next().unwrap();
+    let kind = match word.trim_end_matches('!') {
+        "nodes" => ha_manager::rules::Kind::NodeAffinity,
+        "together" => ha_manager::rules::Kind::Affinity,
+        "apart" => ha_manager::rules::Kind::AntiAffinity,
+        other => panic!("{other}"),
+    };
+    let nodes = nodes.split_whitespace().map(|node| {
+        let (node, weight) = node.split_once('=').unwrap_or((node, "0"));
+        (name(node), weight.parse().unwrap())
+    });
+    let resources = words.map(name).collect();
+    ha_manager::Rule { kind, resources, nodes: nodes.collect(), strict: word.ends_with('!') }
+}
+
 fn vm_view(owner: NodeId, phase: Phase, flags: &[&str]) -> VmView {
-    let failed = flags.iter().find_map(|flag| flag.strip_prefix("failed="));
-    let requested = if flags.contains(&"down") { Requested::Stopped } else { Requested::Started };
+    let failed = number(flags, "failed=").unwrap_or(0);
+    let requested = match (flags.contains(&"down"), flags.contains(&"ignored")) {
+        (true, _) => Requested::Stopped,
+        (false, true) => Requested::Ignored,
+        (false, false) => Requested::Started,
+    };
+    let tried: Vec<u64> = (0..number(flags, "tried=").unwrap_or(0)).map(|n| 90 + n).collect();
+    let home = flags.iter().find_map(|flag| flag.strip_prefix("home=")).map(id);
     let placement: Placement = serde_json::from_value(serde_json::json!({
         "vm_id": "00000000-0000-4000-8000-000000000001",
         "owner": owner,
@@ -121,12 +174,28 @@ fn vm_view(owner: NodeId, phase: Phase, flags: &[&str]) -> VmView {
         "ha": flags.contains(&"ha"),
         "cpus": 1,
         "memory_bytes": size(flags).unwrap_or(256 * MIB),
-        "start_failures": failed.map_or(0, |count| count.parse().unwrap()),
+        "start_failures": failed,
+        "tried": tried,
+        "home": home,
+        "lock": flags.contains(&"locked").then_some("a backup"),
         "retry_at_unix_ms": number(flags, "retry="),
-        "message": failed.map(|_| "no such kernel"),
+        "message": (failed > 0).then_some("no such kernel"),
     }))
     .unwrap();
-    VmView { placement, mod_revision: Revision(40), movable: !flags.contains(&"local") }
+    let small = |prefix| number(flags, prefix).and_then(|number| u32::try_from(number).ok());
+    let wishes = Wishes {
+        priority: small("priority=").and_then(|number| i32::try_from(number).ok()).unwrap_or(0),
+        after: flags.iter().filter_map(|flag| flag.strip_prefix("after=")).map(name).collect(),
+        max_restarts: small("restarts=").unwrap_or(1),
+        max_relocations: small("relocations=").unwrap_or(1),
+        failback: !flags.contains(&"sticky"),
+    };
+    let mobility = match (flags.contains(&"local"), flags.contains(&"cold")) {
+        (true, _) => Mobility::Bound,
+        (false, true) => Mobility::Cold,
+        (false, false) => Mobility::Live,
+    };
+    VmView { placement, mod_revision: Revision(40), mobility, wishes: Arc::new(wishes) }
 }
 
 fn vm_words(vm: &VmRef) -> String {
@@ -144,6 +213,16 @@ pub(crate) fn words(action: &Action) -> String {
         Action::Migrate { vm, from, to, .. } => {
             format!("migrate {} node{from} -> node{to}", vm_words(vm))
         }
+        Action::PowerOff { node, .. } => format!("power off node{node}"),
+        Action::Relocate { vm, from, to, .. } => {
+            format!("relocate {} node{from} -> node{to}", vm_words(vm))
+        }
+        Action::Remember { vm, home, .. } => match home {
+            Some(home) => format!("remember {} of node{home}", vm_words(vm)),
+            None => format!("forget home of {}", vm_words(vm)),
+        },
+        Action::Stop { vm, .. } => format!("stop {}", vm_words(vm)),
+        Action::Freeze { vm, .. } => format!("freeze {}", vm_words(vm)),
         Action::Reassign { vm, to, .. } => format!("reassign {} to node{to}", vm_words(vm)),
         Action::Delay { vm, until_unix_ms, .. } => {
             format!("delay {} until {until_unix_ms}", vm_words(vm))

@@ -1,7 +1,9 @@
 //! `Ha`: what the leader thinks of nodes and VMs.
 
-use ha_manager::NodeState;
-use proto::record::Requested;
+use std::collections::BTreeMap;
+
+use ha_manager::{Explainer, NodeState, VmReport};
+use proto::Name;
 use proto::v1::ha_client::HaClient;
 use proto::v1::ha_server::Ha;
 use proto::v1::{HaNode, HaResource, HaStatus, HaStatusRequest};
@@ -44,6 +46,10 @@ async fn status(node: &Node, lease_ms: u32) -> Result<HaStatus, Status> {
     let snapshot = observe(node).await?;
     let observations = node.leader.observations(snapshot.state.nodes.keys().copied());
     let plan = node.leader.last_plan();
+    let explainer = Explainer::new(&snapshot.state, &observations, &snapshot.policy, &plan);
+    let explained = |name| explainer.explain(name).map(|report| (name, report));
+    let reports: BTreeMap<&Name, VmReport> =
+        snapshot.state.vms.keys().filter_map(explained).collect();
     let nodes = snapshot.state.nodes.iter().map(|(id, view)| {
         let state: NodeState = snapshot.state.node_state(&observations, *id);
         HaNode {
@@ -59,13 +65,10 @@ async fn status(node: &Node, lease_ms: u32) -> Result<HaStatus, Status> {
             HaResource {
                 vm: name.to_string(),
                 state: placement.phase.word().to_owned(),
-                requested: match placement.requested {
-                    Requested::Started => "started".to_owned(),
-                    Requested::Stopped => "stopped".to_owned(),
-                },
+                requested: placement.requested.word().to_owned(),
                 node: node.name_of(placement.owner),
                 generation: placement.generation.0,
-                reason: plan.report.get(name).map(|report| report.why.clone()).unwrap_or_default(),
+                reason: reports.get(name).map(|report| report.why.clone()).unwrap_or_default(),
             }
         });
     Ok(HaStatus {
@@ -74,6 +77,6 @@ async fn status(node: &Node, lease_ms: u32) -> Result<HaStatus, Status> {
         lease_ms,
         nodes: nodes.collect(),
         resources: resources.collect(),
-        report: plan.report.iter().map(|(name, report)| format!("{name}: {report}")).collect(),
+        report: reports.iter().map(|(name, report)| format!("{name}: {report}")).collect(),
     })
 }

@@ -120,7 +120,7 @@ async fn if_fails(
         .collect();
     let texts = |names: &[Name]| names.iter().map(ToString::to_string).collect();
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-    let outlook = outlook(&voices, &snapshot.state, &observations);
+    let outlook = outlook(&voices, &snapshot.state, &observations, &snapshot.policy);
     Ok(outlook
         .into_iter()
         .map(|outlook| NodeFailure {

@@ -1,7 +1,5 @@
 //! `Nodes`: what the members are and have, and maintenance.
 
-use std::collections::BTreeMap;
-
 use cluster::Consistency;
 use ha_manager::{ClusterState, NodeView};
 use proto::NodeId;
@@ -149,9 +147,12 @@ async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
     let documents = node.store.node_documents(consistency).await?;
     let view = |(id, record): (&NodeId, &crate::store::Versioned<NodeRecord>)| {
         let fenced = fenced.get(id).map(|fenced| fenced.revision);
-        (*id, NodeView { record: record.value.clone(), fenced })
+        let view =
+            NodeView { record: record.value.clone(), fenced, power_fencing: false, unarmed: false };
+        (*id, view)
     };
-    let state = ClusterState { nodes: records.iter().map(view).collect(), vms: BTreeMap::new() };
+    let nodes = records.iter().map(view).collect();
+    let state = ClusterState { nodes, ..ClusterState::default() };
     let members = node.cluster().members();
     let observations = node.leader.observations(members.iter().map(|member| member.node_id));
     let leader = node.cluster().leader();
@@ -190,7 +191,13 @@ async fn list(node: &Node) -> Result<Vec<proto::v1::Node>, Status> {
 
 fn reserves(placement: &Placement) -> bool {
     match placement.phase {
-        Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => true,
-        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => false,
+        Phase::Starting
+        | Phase::Started
+        | Phase::Stopping
+        | Phase::Migrating { .. }
+        | Phase::Relocating { .. } => true,
+        Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable | Phase::Frozen => {
+            false
+        }
     }
 }

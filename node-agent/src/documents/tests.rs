@@ -63,6 +63,9 @@ fn with_web(phase: Phase) -> (Present, Placement) {
         message: None,
         events: Vec::new(),
         start_failures: 0,
+        tried: Vec::new(),
+        home: None,
+        lock: None,
         retry_at_unix_ms: None,
     };
     let file = Versioned { value: text.into_bytes(), revision: Revision(5) };

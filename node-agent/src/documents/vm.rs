@@ -67,6 +67,9 @@ fn create(
         message: None,
         events: vec![new.event],
         start_failures: 0,
+        tried: Vec::new(),
+        home: None,
+        lock: None,
         retry_at_unix_ms: None,
     };
     claims(plan, present, path, None, Some(&spec), new.id)?;
@@ -124,7 +127,9 @@ fn at_rest(path: &str, name: &Name, placement: &Placement, verb: &str) -> Result
         | Phase::Started
         | Phase::Stopping
         | Phase::Migrating { .. }
-        | Phase::Recovering => {
+        | Phase::Relocating { .. }
+        | Phase::Recovering
+        | Phase::Frozen => {
             let reason = format!(
                 "VM `{name}` is {}: stop it first (`clusterctl vm shutdown {name}`), then {verb} it",
                 placement.phase.word()

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{Txn, TxnOutcome};
-use ha_manager::{Action, FencedVm, VmRef};
-use proto::record::{FencedRecord, Phase, Placement, Requested};
+use ha_manager::{Action, Edit, FencedVm, VmRef, edits};
+use proto::record::FencedRecord;
 use proto::v1::tasks_client::TasksClient;
 use proto::v1::vms_client::VmsClient;
 use proto::v1::{GetTaskRequest, MigrateVmRequest};
-use proto::{NodeId, Revision, keys};
+use proto::{Name, NodeId, Revision, keys};
 use tokio::sync::oneshot;
 
 use super::fencing::{Fenced, FencingClaim, carry_out};
@@ -21,30 +21,31 @@ use crate::node::Node;
 use crate::store::{giving_to, json};
 
 /// Who asks for the moves of a drain.
-pub(super) const HA_USER: &str = "ha-manager";
+pub(crate) const HA_USER: &str = "ha-manager";
 
 /// A transaction that comes to nothing once another leader has begun to act.
 fn txn_of(epoch: Epoch) -> Txn {
     Txn::new().if_revision(keys::HA_LEADER, epoch.revision)
 }
 
-/// Adds the VM's placement, changed, to a transaction.
-fn with_placement(
-    txn: Txn,
-    snapshot: &Snapshot,
-    vm: &VmRef,
-    change: impl FnOnce(&mut Placement),
-) -> Option<Txn> {
-    let mut placement = snapshot.state.vms.get(&vm.name)?.placement.clone();
-    change(&mut placement);
-    let key = keys::placement(&vm.name);
-    Some(txn.if_revision(key.clone(), vm.mod_revision).put(key, json(&placement)))
+/// Adds what an action writes to a transaction.
+fn with_edits(mut txn: Txn, edits: Vec<Edit>) -> Txn {
+    for Edit { vm, at, mut placement, gives_to, note } in edits {
+        placement.note(stamped(&note));
+        let key = keys::placement(&vm);
+        txn = txn.if_revision(key.clone(), at).put(key, json(&placement));
+        if let Some(to) = gives_to {
+            txn = giving_to(txn, to);
+        }
+    }
+    txn
 }
 
 /// Carries out one action. Returns when its transaction is settled, except for what may take long
 /// (fencing, moving): that goes on by itself.
 pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Action) {
     let Some(epoch) = node.leader.epoch() else { return };
+    let edits = edits(&snapshot.state, &action);
     match action {
         Action::Fence { node: dead, fenced, vms, reason } => {
             let known = fenced != Revision(0);
@@ -53,52 +54,7 @@ pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Actio
                 drop(fence(node, snapshot, claim, epoch, dead, fenced, &vms, &reason));
             }
         }
-        Action::Start { vm, to, reason } => {
-            let txn = giving_to(txn_of(epoch), to);
-            let txn = with_placement(txn, snapshot, &vm, |placement| {
-                placement.owner = to;
-                placement.generation = placement.generation.next();
-                placement.phase = Phase::Starting;
-                placement.message = None;
-                placement.retry_at_unix_ms = None;
-                placement.note(stamped(&reason));
-            });
-            commit(node, &vm, &reason, txn).await;
-        }
-        Action::Delay { vm, until_unix_ms, reason } => {
-            let txn = with_placement(txn_of(epoch), snapshot, &vm, |placement| {
-                placement.retry_at_unix_ms = Some(until_unix_ms);
-                placement.note(stamped(&reason));
-            });
-            commit(node, &vm, &reason, txn).await;
-        }
-        Action::Reassign { vm, to, reason } => {
-            let txn = giving_to(txn_of(epoch), to);
-            let txn = with_placement(txn, snapshot, &vm, |placement| {
-                placement.owner = to;
-                placement.generation = placement.generation.next();
-                placement.note(stamped(&reason));
-            });
-            commit(node, &vm, &reason, txn).await;
-        }
-        Action::MarkUnplaceable { vm, message } => {
-            let txn = with_placement(txn_of(epoch), snapshot, &vm, |placement| {
-                placement.phase = Phase::Unplaceable;
-                placement.note(stamped(&message));
-                placement.message = Some(message.clone());
-            });
-            commit(node, &vm, &message, txn).await;
-        }
-        Action::MarkError { vm, message } => {
-            let txn = with_placement(txn_of(epoch), snapshot, &vm, |placement| {
-                placement.phase = Phase::Error;
-                placement.retry_at_unix_ms = None;
-                placement.note(stamped(&message));
-                placement.message = Some(message.clone());
-            });
-            commit(node, &vm, &message, txn).await;
-        }
-        Action::Migrate { vm, from, to, reason } => {
+        Action::Migrate { vm, from, to, reason, .. } => {
             if node.leader.begin_move(&vm.name) {
                 tracing::info!(vm = %vm.name, "{reason}");
                 let node = node.clone();
@@ -111,17 +67,33 @@ pub(super) async fn execute(node: &Arc<Node>, snapshot: &Snapshot, action: Actio
                 });
             }
         }
+        // No node says that it can be switched off from outside.
+        Action::PowerOff { .. } => {}
+        Action::Start { .. }
+        | Action::Relocate { .. }
+        | Action::Reassign { .. }
+        | Action::Remember { .. }
+        | Action::Stop { .. }
+        | Action::Freeze { .. }
+        | Action::Delay { .. }
+        | Action::MarkUnplaceable { .. }
+        | Action::MarkError { .. } => {
+            let Some((vm, note)) = edits.first().map(|edit| (edit.vm.clone(), edit.note.clone()))
+            else {
+                return;
+            };
+            commit(node, &vm, &note, with_edits(txn_of(epoch), edits)).await;
+        }
     }
 }
 
-async fn commit(node: &Node, vm: &VmRef, reason: &str, txn: Option<Txn>) {
-    let Some(txn) = txn else { return };
+async fn commit(node: &Node, vm: &Name, reason: &str, txn: Txn) {
     match node.cluster().txn(txn).await {
-        Ok(TxnOutcome::Committed { .. }) => tracing::info!(vm = %vm.name, "HA: {reason}"),
+        Ok(TxnOutcome::Committed { .. }) => tracing::info!(%vm, "HA: {reason}"),
         Ok(TxnOutcome::Conflict { .. }) => {
-            tracing::debug!(vm = %vm.name, "HA: decided on old knowledge, planning again");
+            tracing::debug!(%vm, "HA: decided on old knowledge, planning again");
         }
-        Err(error) => tracing::warn!(vm = %vm.name, "HA: {error}"),
+        Err(error) => tracing::warn!(%vm, "HA: {error}"),
     }
 }
 
@@ -140,21 +112,9 @@ pub(super) fn fence(
 ) -> oneshot::Receiver<Fenced> {
     let record = FencedRecord { term: epoch.term, by: node.id, reason: reason.to_owned() };
     let key = keys::fenced(dead);
-    let mut txn = txn_of(epoch).if_revision(key.clone(), fenced).put(key, json(&record));
-    for FencedVm { vm, phase } in vms {
-        let changed = with_placement(txn.clone(), snapshot, vm, |placement| {
-            placement.generation = placement.generation.next();
-            placement.phase = *phase;
-            if *phase == Phase::Stopped {
-                placement.requested = Requested::Stopped;
-            }
-            placement
-                .note(stamped(&format!("{reason}: fenced; generation {}", placement.generation)));
-        });
-        if let Some(changed) = changed {
-            txn = changed;
-        }
-    }
+    let txn = txn_of(epoch).if_revision(key.clone(), fenced).put(key, json(&record));
+    let action = Action::Fence { node: dead, fenced, vms: vms.to_vec(), reason: reason.to_owned() };
+    let txn = with_edits(txn, edits(&snapshot.state, &action));
     // Named, so that asking again tells the outcome instead of doing it twice.
     let txn = txn.named(format!("fence-{}-{}", node.id, uuid::Uuid::new_v4()), 1);
     let cluster = node.cluster().clone();

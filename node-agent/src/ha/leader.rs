@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cluster::{Confirmed, Consistency, Txn};
-use ha_manager::{Attempts, Detector, Now, Observations, Plan, Policy, Timing, Verdict, plan};
+use ha_manager::{
+    Attempts, ClusterState, Detector, Now, Observations, Plan, Timing, Verdict, plan,
+};
 use proto::record::{FencedRecord, HaLeaderRecord};
 use proto::v1::{HeartbeatRequest, HeartbeatResponse, NodeReport};
 use proto::{Name, NodeId, Revision, keys};
@@ -36,6 +38,7 @@ struct Inner {
     reports: BTreeMap<NodeId, NodeReport>,
     failed_migrations: BTreeMap<Name, Attempts>,
     moving: BTreeSet<Name>,
+    imbalanced_since_ms: Option<u64>,
     plan: Plan,
 }
 
@@ -68,6 +71,7 @@ impl Leader {
             reports: BTreeMap::new(),
             failed_migrations: BTreeMap::new(),
             moving: BTreeSet::new(),
+            imbalanced_since_ms: None,
             plan: Plan::default(),
         };
         Self { inner: Arc::new(Mutex::new(inner)) }
@@ -149,6 +153,8 @@ impl Leader {
         Observations {
             verdicts: nodes.into_iter().map(verdict).collect(),
             failed_migrations: inner.failed_migrations.clone(),
+            imbalanced_since_ms: inner.imbalanced_since_ms,
+            ..Observations::default()
         }
     }
 
@@ -159,6 +165,7 @@ impl Leader {
         inner.fencing.clear();
         inner.reports.clear();
         inner.failed_migrations.clear();
+        inner.imbalanced_since_ms = None;
         inner.plan = Plan::default();
     }
 
@@ -207,6 +214,21 @@ impl Leader {
     /// Begins a move that the plan asked for. `false`: it is under way.
     pub(super) fn begin_move(&self, vm: &Name) -> bool {
         self.lock().moving.insert(vm.clone())
+    }
+
+    /// Tells the detector whose silence means something, by the configuration as it was just read.
+    fn follow_bindings(&self, state: &ClusterState) {
+        let mut inner = self.lock();
+        for (id, view) in &state.nodes {
+            inner.detector.binds(*id, view.lease_binds(state.disarmed), boottime_ms());
+        }
+    }
+
+    fn planned(&self, plan: Plan, now: Now) {
+        let mut inner = self.lock();
+        let since_ms = inner.imbalanced_since_ms.unwrap_or(now.boottime_ms);
+        inner.imbalanced_since_ms = plan.imbalanced.then_some(since_ms);
+        inner.plan = plan;
     }
 
     /// A move has ended.
@@ -288,11 +310,12 @@ async fn lead_once(node: &Arc<Node>, seen: &mut Seen) -> Result<(), Status> {
         tracing::info!(term, "this node leads the cluster and its HA");
     }
     let snapshot = seen.observe(node, confirmed).await?;
+    node.leader.follow_bindings(&snapshot.state);
     let observations = node.leader.observations(snapshot.state.nodes.keys().copied());
     let now = Now { boottime_ms: boottime_ms(), unix_ms: unix_ms() };
-    let plan = plan(&snapshot.state, &observations, &Policy::default(), now);
+    let plan = plan(&snapshot.state, &observations, &snapshot.policy, now);
     let actions = plan.actions.clone();
-    node.leader.lock().plan = plan;
+    node.leader.planned(plan, now);
     for action in actions {
         execute(node, &snapshot, action).await;
     }

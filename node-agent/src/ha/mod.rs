@@ -20,6 +20,7 @@ mod observe;
 mod remote;
 
 pub use by_hand::fence_by_hand;
+pub(crate) use execute::HA_USER;
 pub use leader::{Leader, NodeLook, run};
 pub use observe::{Snapshot, movable, observe};
 pub use remote::observations;

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster::{Confirmed, Consistency};
-use ha_manager::{ClusterState, NodeView, VmView};
+use ha_manager::{Balance, ClusterState, Mobility, NodeView, Policy, Timing, VmView, Wishes};
+use proto::documents::{BalanceBy, HaSettings};
 use proto::record::{NodeRecord, Placement, PoolKind, PoolRecord};
-use proto::{Name, NodeId, Revision, VmSpec, keys, parse_image};
+use proto::{CpuModel, HaSpec, Name, NodeId, Revision, VmSpec, keys, parse_image};
 
 use crate::node::Node;
 use crate::store::RecordError;
@@ -20,6 +21,8 @@ pub struct Snapshot {
     pub documents: BTreeMap<Name, String>,
     /// Storage pools.
     pub pools: Vec<PoolRecord>,
+    /// What the cluster's document says of HA.
+    pub policy: Policy,
 }
 
 /// Whether everything a VM needs is in shared pools, so that it can run on any node.
@@ -35,6 +38,37 @@ pub fn movable(spec: &VmSpec, pools: &[PoolRecord]) -> bool {
         let Ok((pool, _)) = parse_image(image) else { return false };
         pools.iter().any(|record| record.name == pool && record.kind == PoolKind::SharedDir)
     })
+}
+
+/// How a VM can leave its node.
+fn mobility(spec: &VmSpec, pools: &[PoolRecord]) -> Mobility {
+    match (movable(spec, pools), spec.cpu) {
+        (false, _) => Mobility::Bound,
+        // Another processor may lack what the guest has found.
+        (true, CpuModel::Host) => Mobility::Cold,
+        (true, CpuModel::Baseline) => Mobility::Live,
+    }
+}
+
+fn wishes(ha: &HaSpec) -> Wishes {
+    Wishes {
+        priority: ha.priority,
+        max_restarts: ha.max_restarts,
+        max_relocations: ha.max_relocations,
+        ..Wishes::default()
+    }
+}
+
+fn policy(settings: &HaSettings, timing: Timing) -> Policy {
+    Policy {
+        require_watchdog: settings.require_watchdog,
+        balance: match settings.balance {
+            BalanceBy::Count => Balance::Count,
+            BalanceBy::Static => Balance::Static,
+        },
+        auto_rebalance: settings.auto_rebalance,
+        ..Policy::with_timing(timing)
+    }
 }
 
 /// Reads it all, confirmed with a quorum.
@@ -122,16 +156,23 @@ async fn observe_at(node: &Node, consistency: Consistency) -> Result<Snapshot, R
             let said = documents_of_nodes.get(&record.name);
             let reserved = said.and_then(|said| said.reserved_memory).unwrap_or_default();
             record.memory_bytes = record.memory_bytes.saturating_sub(reserved.0);
-            (id, NodeView { record, fenced: fenced.get(&id).copied() })
+            let fenced = fenced.get(&id).copied();
+            (id, NodeView { record, fenced, power_fencing: false, unarmed: false })
         })
         .collect();
     let vms = placements
         .into_iter()
         .map(|(name, placement, mod_revision)| {
             let spec = documents.get(&name).and_then(|text| VmSpec::parse(text).ok());
-            let movable = spec.is_some_and(|spec| movable(spec.get(), &pools));
-            (name, VmView { placement, mod_revision, movable })
+            let mobility =
+                spec.as_ref().map_or(Mobility::Bound, |spec| mobility(spec.get(), &pools));
+            let wishes = spec.map(|spec| wishes(&spec.get().ha)).unwrap_or_default();
+            let wishes = Arc::new(wishes);
+            (name, VmView { placement, mod_revision, mobility, wishes })
         })
         .collect();
-    Ok(Snapshot { state: ClusterState { nodes, vms }, documents, pools })
+    let settings = node.store.settings(consistency).await?.ha;
+    let policy = policy(&settings, node.lease.timing());
+    let state = ClusterState { nodes, vms, ..ClusterState::default() };
+    Ok(Snapshot { state, documents, pools, policy })
 }

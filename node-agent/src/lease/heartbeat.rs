@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cluster::{Consistency, MembershipError, Txn};
+use ha_manager::owner::{Step, decide};
 use proto::record::FencedRecord;
 use proto::v1::peer_client::PeerClient;
 use proto::v1::{HeartbeatRequest, HeartbeatResponse};
@@ -17,7 +18,7 @@ use super::guard::{Allowed, Guard, Source};
 use super::memory::{FormerLease, LeaseMemory};
 use crate::clock::boottime_ns;
 use crate::node::Node;
-use crate::reconcile::{Step, decide};
+use crate::supervisor::RunningVm;
 
 /// How often the lease is looked at. The self-stop is late by at most this much.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -211,7 +212,7 @@ async fn strangers(node: &Node) -> Result<Vec<Name>, crate::store::RecordError> 
     for process in node.supervisor.running() {
         let placement = node.store.placement(&process.name).await?;
         let placement = placement.as_ref().map(|placement| &placement.value);
-        let step = decide(node.id, placement, Some(&process), false, false);
+        let step = decide(node.id, placement, Some(&RunningVm::seen(&process)), false, false);
         if step == Step::Kill {
             strangers.push(process.name);
         }

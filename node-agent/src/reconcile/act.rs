@@ -1,12 +1,13 @@
 //! Carries out one [`Step`] for one VM, whose job the caller holds.
 
+use ha_manager::owner::{self, Ended, Step};
 use proto::Name;
-use proto::record::{Phase, Placement, Requested};
+use proto::record::{Phase, Placement};
 
-use super::{Memory, Step, decide, launch};
+use super::{Memory, launch};
 use crate::events::stamped;
 use crate::node::Node;
-use crate::store::{RecordError, Versioned};
+use crate::store::{RecordError, Versioned, giving_to, json};
 use crate::supervisor::{ExitReason, RunningVm, StartError, Stop, VmError};
 
 /// Why a step was not done; it is tried again.
@@ -46,11 +47,12 @@ pub(super) async fn act(
     }
     let starting = process.is_none() && node.supervisor.is_busy(vm);
     let value = placement.as_ref().map(|placement| &placement.value);
-    let step = decide(node.id, value, process.as_ref(), starting, node.lease.may_start());
+    let seen = process.as_ref().map(RunningVm::seen);
+    let step = owner::decide(node.id, value, seen.as_ref(), starting, node.lease.may_start());
     let (placement, process) = (placement.as_ref(), process.as_ref());
     let acting = Acting { node, vm, deadline_ns, placement, process };
     match step {
-        Step::Leave if forget_failures => acting.put(|p| p.start_failures = 0).await,
+        Step::Leave if forget_failures => acting.put(owner::forget_failures).await,
         Step::Leave => Ok(()),
         Step::Start => acting.start().await,
         Step::MarkStarted => acting.mark_started().await,
@@ -61,6 +63,7 @@ pub(super) async fn act(
         Step::ResolveCommit { committed } => acting.resolve_commit(committed).await,
         Step::RunIncoming => acting.run_incoming().await,
         Step::SettleMigration => acting.settle_migration().await,
+        Step::HandOver => acting.hand_over().await,
     }
 }
 
@@ -86,6 +89,18 @@ impl Acting<'_> {
         }
     }
 
+    /// The same, with the event that the change gives.
+    async fn put_event(
+        &self,
+        change: impl FnOnce(&mut Placement) -> String,
+    ) -> Result<(), ActError> {
+        self.put(|placement| {
+            let event = change(placement);
+            placement.note(stamped(&event));
+        })
+        .await
+    }
+
     async fn start(&self) -> Result<(), ActError> {
         let Some(present) = self.placement else { return Ok(()) };
         tracing::info!(vm = %self.vm, generation = %present.value.generation, "starting");
@@ -100,29 +115,13 @@ impl Acting<'_> {
             Err(error) => error.to_string(),
         };
         tracing::warn!(vm = %self.vm, "start failed: {failure}");
-        let here = &self.node.name();
-        self.put(|placement| {
-            placement.note(stamped(&format!("start on {here} failed: {failure}")));
-            placement.message = Some(failure);
-            if placement.ha {
-                placement.start_failures = placement.start_failures.saturating_add(1);
-                placement.phase = Phase::Recovering;
-            } else {
-                placement.phase = Phase::Error;
-            }
-        })
-        .await
+        let here = self.node.name();
+        self.put_event(|placement| owner::start_failed(placement, here.as_str(), failure)).await
     }
 
     async fn mark_started(&self) -> Result<(), ActError> {
-        let here = &self.node.name();
-        self.put(|placement| {
-            placement.phase = Phase::Started;
-            placement.message = None;
-            placement
-                .note(stamped(&format!("started on {here}, generation {}", placement.generation)));
-        })
-        .await
+        let here = self.node.name();
+        self.put_event(|placement| owner::started(placement, here.as_str())).await
     }
 
     /// It should run here and does not.
@@ -130,21 +129,38 @@ impl Acting<'_> {
         let Some(present) = self.placement else { return Ok(()) };
         let reason = memory.take_exit(self.vm, present.value.generation);
         let here = self.node.name();
-        self.put(|placement| lost(placement, reason.as_ref(), here.as_str())).await
+        self.put_event(|placement| owner::lost(placement, ended(reason), here.as_str())).await
     }
 
+    /// What it is stopped for (to be given to another node, for a planned shutdown, for good) is done
+    /// at the next look, which finds no process.
     async fn stop(&self) -> Result<(), ActError> {
         self.node.supervisor.stop(self.vm, Stop::Graceful).await?;
-        self.mark_stopped().await
+        let stopping = self.placement.is_some_and(|present| present.value.phase == Phase::Stopping);
+        if stopping { self.mark_stopped().await } else { Ok(()) }
     }
 
     async fn mark_stopped(&self) -> Result<(), ActError> {
-        self.put(|placement| {
-            placement.phase = Phase::Stopped;
-            placement.message = None;
-            placement.note(stamped("stopped"));
-        })
-        .await
+        self.put_event(owner::stopped).await
+    }
+
+    /// It was stopped to be another node's: gives it to that.
+    async fn hand_over(&self) -> Result<(), ActError> {
+        let Some(present) = self.placement else { return Ok(()) };
+        let Phase::Relocating { target } = present.value.phase else { return Ok(()) };
+        let to = self.node.name_of(target);
+        let mut placement = present.value.clone();
+        let event = owner::handed_over(&mut placement, &to);
+        placement.note(stamped(&event));
+        let key = proto::keys::placement(self.vm);
+        let txn = giving_to(cluster::Txn::new(), target)
+            .if_revision(key.clone(), present.revision)
+            .put(key, json(&placement));
+        if self.node.cluster().txn(txn).await?.committed() {
+            return Ok(());
+        }
+        // If that is for the VM's own change, this comes to nothing as well.
+        self.put_event(|placement| owner::not_handed_over(placement, &to)).await
     }
 
     async fn kill(&self) -> Result<(), ActError> {
@@ -203,54 +219,27 @@ fn says_failed(error: &StartError) -> bool {
     !matches!(error, StartError::NoLease(_) | StartError::AlreadyRunning(_))
 }
 
-/// What becomes of a VM whose process is gone although it should run.
-fn lost(placement: &mut Placement, reason: Option<&ExitReason>, here: &str) {
+/// How a process ended that should have run on.
+fn ended(reason: Option<ExitReason>) -> Ended {
     match reason {
-        Some(ExitReason::GuestShutdown) => {
-            placement.phase = Phase::Stopped;
-            placement.requested = Requested::Stopped;
-            placement.message = None;
-            placement.note(stamped("the guest powered off"));
-        }
-        Some(reason @ (ExitReason::Failed(why) | ExitReason::Hung(why))) => {
-            let how =
-                if matches!(reason, ExitReason::Hung(_)) { "hung and was killed" } else { "ended" };
-            let why = format!("its process on {here} {how}: {why}");
-            placement.note(stamped(&why));
-            if placement.ha {
-                placement.start_failures = placement.start_failures.saturating_add(1);
-                placement.phase = Phase::Recovering;
-                placement.message = Some(why);
-            } else {
-                placement.phase = Phase::Error;
-                placement.message = Some(format!("{why}; see `clusterctl vm log`, then start it"));
-            }
-        }
-        // Ended by the lease, by this agent, or while no agent looked (power loss, a reset).
+        Some(ExitReason::GuestShutdown) => Ended::ByGuest,
+        Some(ExitReason::Failed(why)) => Ended::Failed(format!("ended: {why}")),
+        Some(ExitReason::Hung(why)) => Ended::Failed(format!("hung and was killed: {why}")),
+        // By the lease, by this agent, or while no agent looked (power loss, a reset).
         Some(
-            ExitReason::Lease
+            reason @ (ExitReason::Lease
             | ExitReason::Killed
             | ExitReason::Stopped
             | ExitReason::Migrated
-            | ExitReason::IncomingAborted(_),
-        )
-        | None => {
-            let why = reason.map_or_else(|| "not running".to_owned(), ToString::to_string);
-            placement.note(stamped(&format!("{why} on {here}; it is started again")));
-            match (placement.requested, placement.ha) {
-                (Requested::Stopped, _) => placement.phase = Phase::Stopped,
-                (Requested::Started, true) => placement.phase = Phase::Recovering,
-                (Requested::Started, false) => {
-                    placement.phase = Phase::Starting;
-                    placement.generation = placement.generation.next();
-                }
-            }
-        }
+            | ExitReason::IncomingAborted(_)),
+        ) => Ended::FromOutside(reason.to_string()),
+        None => Ended::FromOutside("not running".to_owned()),
     }
 }
 
 #[cfg(test)]
 fn placement(ha: bool) -> Placement {
+    use proto::record::Requested;
     Placement {
         vm_id: proto::VmId(uuid::Uuid::from_u128(7)),
         owner: proto::NodeId(1),
@@ -263,18 +252,23 @@ fn placement(ha: bool) -> Placement {
         message: None,
         events: Vec::new(),
         start_failures: 0,
+        tried: Vec::new(),
+        home: None,
+        lock: None,
         retry_at_unix_ms: None,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proto::record::Requested;
+
     use super::*;
 
     fn after(ha: bool, reason: Option<ExitReason>) -> Placement {
         let mut placement = placement(ha);
-        lost(&mut placement, reason.as_ref(), "n1");
-        assert_eq!(placement.events.len(), 1);
+        let event = owner::lost(&mut placement, ended(reason), "n1");
+        placement.note(event);
         placement
     }
 

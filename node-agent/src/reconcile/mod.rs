@@ -2,28 +2,27 @@
 //! should not run, and says what became of both.
 //!
 //! The loop looks whenever a placement, a process or the lease changes, and each second. What it
-//! finds is decided by [`decide`], and decided again on a placement that is confirmed with a quorum
+//! finds is decided by [`ha_manager::owner::decide`], and decided again on a placement that is confirmed with a quorum
 //! before anything is done: without a quorum nothing is started and nothing is killed (the lease
 //! and the VM processes' own deadlines do that).
 //!
 //! Never: chooses a node, works on a VM whose job a task holds.
 
 mod act;
-mod decide;
 mod launch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ha_manager::owner::{self, Step};
 use proto::{Generation, Name};
 use tokio::sync::mpsc;
 
-pub use decide::{Step, decide};
 pub use launch::{LaunchError, make_launch, may_run};
 
 use crate::node::Node;
-use crate::supervisor::{ExitReason, VmExited};
+use crate::supervisor::{ExitReason, RunningVm, VmExited};
 
 /// After running this long, a VM's failed starts are forgotten.
 const STEADY_AFTER: Duration = Duration::from_secs(300);
@@ -104,11 +103,13 @@ fn look(node: &Arc<Node>, memory: &Arc<Memory>, exits: &mut mpsc::UnboundedRecei
         let placement = view.placements.get(name).map(|placement| &placement.value);
         let process = processes.get(name);
         let starting = process.is_none() && node.supervisor.is_busy(name);
-        let step = decide(node.id, placement, process, starting, node.lease.may_start());
+        let seen = process.map(RunningVm::seen);
+        let may_start = node.lease.may_start();
+        let step = owner::decide(node.id, placement, seen.as_ref(), starting, may_start);
         let steady = memory.is_steady(name, process.is_some());
         let forget = steady
             && placement.is_some_and(|placement| {
-                placement.owner == node.id && placement.start_failures > 0
+                placement.owner == node.id && owner::has_failures(placement)
             });
         if step == Step::Leave && !forget {
             continue;

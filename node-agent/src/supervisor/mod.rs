@@ -33,6 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ha_manager::owner;
 use proto::v1::vm_process_client::VmProcessClient;
 use proto::{Generation, Name, VmId};
 use tokio::sync::mpsc;
@@ -167,6 +168,30 @@ pub struct RunningVm {
     pub pid: u32,
     /// Guest memory, bytes.
     pub memory_bytes: u64,
+}
+
+impl RunningVm {
+    /// As the decision about it sees it.
+    #[must_use]
+    pub fn seen(&self) -> owner::Process {
+        let state = match self.state {
+            VmState::Unknown => owner::ProcessState::Silent,
+            VmState::IncomingComplete => owner::ProcessState::Complete,
+            VmState::AwaitingCommit => owner::ProcessState::AwaitingCommit,
+            VmState::Migrated => owner::ProcessState::Migrated,
+            VmState::Created
+            | VmState::Running
+            | VmState::Paused
+            | VmState::Incoming
+            | VmState::Stopped => owner::ProcessState::Answers,
+        };
+        owner::Process {
+            vm_id: self.vm_id,
+            generation: self.generation,
+            receives: self.migration_id.is_some(),
+            state,
+        }
+    }
 }
 
 /// Why a VM process ended.

@@ -37,7 +37,7 @@ fn launch(name: &Name, ha: bool) -> Launch {
             boot: BootSpec { kernel: None, initrd: None, cmdline: String::new(), firmware: None },
             disks: Vec::new(),
             nics: Vec::new(),
-            ha: HaSpec { enabled: ha },
+            ha: HaSpec { enabled: ha, ..HaSpec::default() },
         },
         boot: BootFiles::default(),
         disks: Vec::new(),

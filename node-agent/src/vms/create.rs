@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cluster::FileChange;
-use ha_manager::{Observations, VmView, check_target, place};
+use ha_manager::{Mobility, Observations, VmView, check_start, place};
 use proto::record::{Phase, Placement, PoolRecord, Requested};
 use proto::v1::storage_client::StorageClient;
 use proto::v1::{CreateVmRequest, CreateVmResponse, ListImagesRequest};
@@ -100,24 +100,31 @@ pub(crate) fn choose(
         )));
     }
     if wanted.is_empty() {
-        return place(&snapshot.state, observations, spec.memory.0, None)
+        let nowhere = nowhere(spec);
+        return place(&snapshot.state, observations, &snapshot.policy, &spec.name, &nowhere, false)
             .map_err(|none| Status::failed_precondition(none.to_string()));
     }
     let id = node.find(wanted).ok_or_else(|| unknown_node(wanted))?;
-    fits(snapshot, observations, spec.memory.0, id).map_err(|denied| {
+    fits(snapshot, observations, spec, id).map_err(|denied| {
         Status::failed_precondition(format!("node `{wanted}` cannot take the VM: {denied}"))
     })?;
     Ok(id)
 }
 
 /// Whether `node` can take a VM of this size that runs nowhere.
-pub(super) fn fits(
+fn fits(
     snapshot: &Snapshot,
     observations: &Observations,
-    memory_bytes: u64,
+    spec: &VmSpec,
     node: NodeId,
 ) -> Result<(), ha_manager::Denied> {
-    let nowhere = VmView {
+    let (state, policy) = (&snapshot.state, &snapshot.policy);
+    check_start(state, observations, policy, &spec.name, &nowhere(spec), node)
+}
+
+/// A VM that is to be made.
+fn nowhere(spec: &VmSpec) -> VmView {
+    VmView {
         placement: Placement {
             vm_id: VmId(uuid::Uuid::nil()),
             // No node has this id: it is nowhere yet.
@@ -125,18 +132,21 @@ pub(super) fn fits(
             generation: Generation(0),
             phase: Phase::Stopped,
             requested: Requested::Stopped,
-            ha: false,
-            cpus: 0,
-            memory_bytes,
+            ha: spec.ha.enabled,
+            cpus: spec.cpus,
+            memory_bytes: spec.memory.0,
             message: None,
             events: Vec::new(),
             start_failures: 0,
+            tried: Vec::new(),
+            home: None,
+            lock: None,
             retry_at_unix_ms: None,
         },
         mod_revision: Revision(0),
-        movable: true,
-    };
-    check_target(&snapshot.state, observations, &nowhere, node)
+        mobility: Mobility::Live,
+        wishes: Arc::default(),
+    }
 }
 
 pub(super) fn unknown_node(name: &str) -> Status {

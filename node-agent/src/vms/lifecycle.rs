@@ -33,7 +33,12 @@ impl From<crate::store::UpdateError> for TaskFailure {
 /// Whether a process of the VM may be there to be stopped.
 fn runs(phase: Phase) -> bool {
     match phase {
-        Phase::Starting | Phase::Started | Phase::Stopping | Phase::Migrating { .. } => true,
+        Phase::Starting
+        | Phase::Started
+        | Phase::Stopping
+        | Phase::Migrating { .. }
+        | Phase::Relocating { .. }
+        | Phase::Frozen => true,
         Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => false,
     }
 }

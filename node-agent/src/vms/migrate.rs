@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{Cluster, Consistency, StoreError, Txn, TxnOutcome};
-use ha_manager::{Denied, NoPlace, check_target, place};
+use ha_manager::{Denied, Mobility, NoPlace, check_target, owner, place};
 use proto::record::{Phase, Placement};
 use proto::v1::peer_client::PeerClient;
 use proto::v1::{MigrateVmRequest, MigrationProgress};
@@ -16,7 +16,7 @@ use super::create::unknown_node;
 use super::{no_task, unknown_vm};
 use crate::api::forward::{Caller, channel, unreachable};
 use crate::events::stamped;
-use crate::ha::{Snapshot, observe};
+use crate::ha::{HA_USER, Snapshot, observe};
 use crate::migration::{CommitOutcome, MigrationError, SourceOptions, run_source};
 use crate::node::Node;
 use crate::store::{Versioned, giving_to, json};
@@ -41,14 +41,14 @@ pub async fn migrate(
         Status::failed_precondition(format!("VM `{vm}` cannot move to {target}: {why}"))
     };
     let target = if request.target.is_empty() {
-        if !view.movable {
+        if view.mobility == Mobility::Bound {
             return Err(refuse("another node", Denied::NotShared));
         }
-        place(&snapshot.state, &observations, view.placement.memory_bytes, Some(node.id))
+        place(&snapshot.state, &observations, &snapshot.policy, vm, view, true)
             .map_err(|NoPlace(denied)| Status::failed_precondition(NoPlace(denied).to_string()))?
     } else {
         let target = node.find(&request.target).ok_or_else(|| unknown_node(&request.target))?;
-        check_target(&snapshot.state, &observations, view, target)
+        check_target(&snapshot.state, &observations, &snapshot.policy, vm, view, target)
             .map_err(|denied| refuse(&request.target, denied))?;
         target
     };
@@ -113,6 +113,10 @@ async fn run(
                     return Err(format!("VM `{vm}` is {} now", placement.phase.word()));
                 }
                 placement.phase = Phase::Migrating { target };
+                if user != HA_USER {
+                    // A person's wish takes the place of where HA would have brought it back to.
+                    placement.home = None;
+                }
                 placement
                     .note(stamped(&format!("migration {here} → {target_name} asked by {user}")));
                 Ok(())
@@ -181,14 +185,8 @@ async fn copy(
         bandwidth_limit_mib_s,
     };
     let mut committed = migrating.value.clone();
-    committed.owner = target;
-    committed.generation = committed.generation.next();
-    committed.phase = Phase::Started;
-    committed.message = None;
-    committed.note(stamped(&format!(
-        "runs on {target_name} after a live migration, generation {}",
-        committed.generation
-    )));
+    let event = owner::committed(&mut committed, target, target_name);
+    committed.note(stamped(&event));
     let key = keys::placement(vm);
     let txn = giving_to(Txn::new(), target)
         .if_revision(key.clone(), migrating.revision)
@@ -357,6 +355,9 @@ mod tests {
             message: None,
             events: Vec::new(),
             start_failures: 0,
+            tried: Vec::new(),
+            home: None,
+            lock: None,
             retry_at_unix_ms: None,
         }
     }

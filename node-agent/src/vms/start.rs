@@ -4,12 +4,11 @@
 use std::sync::Arc;
 
 use cluster::Txn;
-use ha_manager::place;
+use ha_manager::{Mobility, check_start, owner, place};
 use proto::record::{Phase, Placement, Requested};
 use proto::{Generation, Name, NodeId};
 use tonic::Status;
 
-use super::create::fits;
 use super::{no_task, unknown_vm};
 use crate::api::forward::Caller;
 use crate::events::stamped;
@@ -29,11 +28,13 @@ pub async fn start(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<Strin
     startable(vm, &view.placement, &node.name_of(view.placement.owner))
         .map_err(Status::failed_precondition)?;
     let owner = view.placement.owner;
-    let memory_bytes = view.placement.memory_bytes;
-    let to = match fits(&snapshot, &observations, memory_bytes, owner) {
+    let (state, policy) = (&snapshot.state, &snapshot.policy);
+    let to = match check_start(state, &observations, policy, vm, view, owner) {
         Ok(()) => owner,
-        Err(_) if view.movable => place(&snapshot.state, &observations, memory_bytes, None)
-            .map_err(|none| Status::failed_precondition(none.to_string()))?,
+        Err(_) if view.mobility != Mobility::Bound => {
+            place(state, &observations, policy, vm, view, false)
+                .map_err(|none| Status::failed_precondition(none.to_string()))?
+        }
         Err(denied) => {
             return Err(Status::failed_precondition(format!(
                 "VM `{vm}` cannot start on {}, where its files are: {denied}",
@@ -56,7 +57,10 @@ pub async fn start(node: &Arc<Node>, caller: &Caller, vm: &Name) -> Result<Strin
 fn startable(vm: &Name, placement: &Placement, owner: &str) -> Result<(), String> {
     match placement.phase {
         Phase::Stopped | Phase::Error | Phase::Unplaceable | Phase::Recovering => Ok(()),
-        Phase::Started | Phase::Migrating { .. } => {
+        Phase::Frozen => Err(format!(
+            "VM `{vm}` is frozen while {owner} is down as planned: it starts when that is back"
+        )),
+        Phase::Started | Phase::Migrating { .. } | Phase::Relocating { .. } => {
             Err(format!("VM `{vm}` already runs on {owner}"))
         }
         Phase::Starting => Err(format!("VM `{vm}` is being started on {owner}")),
@@ -83,7 +87,8 @@ async fn request(
                 placement.generation = placement.generation.next();
                 placement.phase = Phase::Starting;
                 placement.requested = Requested::Started;
-                placement.start_failures = 0;
+                owner::forget_failures(placement);
+                placement.home = None;
                 placement.retry_at_unix_ms = None;
                 placement.message = None;
                 placement.note(stamped(&format!("start on {to_name} asked by {}", caller.user)));
@@ -118,7 +123,11 @@ async fn wait(
         match placement.phase {
             Phase::Started | Phase::Migrating { .. } => Some(Ok(placement.owner)),
             // An HA VM that failed here is tried elsewhere.
-            Phase::Starting | Phase::Recovering | Phase::Stopping => None,
+            Phase::Starting
+            | Phase::Recovering
+            | Phase::Stopping
+            | Phase::Relocating { .. }
+            | Phase::Frozen => None,
             Phase::Stopped => {
                 Some(Err(TaskFailure::Failed(format!("VM `{vm}` was stopped again"))))
             }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use cluster::Consistency;
-use proto::record::{Phase, Placement, Requested};
+use proto::record::{Phase, Placement};
 use proto::{Name, keys, v1};
 use tonic::Status;
 
@@ -23,10 +23,7 @@ fn view(node: &Node, name: &Name, placement: &Versioned<Placement>, document: St
         node: node.name_of(value.owner),
         generation: value.generation.0,
         phase: value.phase.word().to_owned(),
-        requested: match value.requested {
-            Requested::Started => "started".to_owned(),
-            Requested::Stopped => "stopped".to_owned(),
-        },
+        requested: value.requested.word().to_owned(),
         ha: value.ha,
         cpus: value.cpus,
         memory_bytes: value.memory_bytes,

@@ -1,7 +1,9 @@
 //! Settings of the whole cluster.
 
+use serde::{Deserialize, Serialize};
+
 use crate::document::Document;
-use crate::schema::table;
+use crate::schema::{Described, Shape, table};
 use crate::{ByteSize, TimeSpan};
 
 table! {
@@ -17,6 +19,27 @@ table! {
         /// Live migrations whose request says nothing else.
         #[serde(default)]
         migration: MigrationSettings, otherwise "the defaults below";
+        /// High availability.
+        #[serde(default)]
+        ha: HaSettings, otherwise "the defaults below";
+    }
+
+    /// High availability.
+    pub struct HaSettings {
+        /// HA VMs run only on nodes with a watchdog, which resets a machine that hangs. Without one,
+        /// a node that falls silent may hang with its VMs and wake again: then nothing of it starts
+        /// elsewhere before a person says that it is off (`node fence`). `false`: silence is enough,
+        /// and that the VM's own deadline stops it is relied on.
+        #[serde(default = "yes")]
+        require_watchdog: bool, default "true";
+        /// How the load of nodes is counted: by their VMs, or by the larger share of CPUs and memory
+        /// that their VMs are configured with (`static`).
+        #[serde(default)]
+        balance: BalanceBy, default "\"count\"";
+        /// HA VMs move, while they run, from the most to the least loaded node when the load has been
+        /// uneven for a minute: by two VMs, or by a fifth of a node (`balance = "static"`).
+        #[serde(default)]
+        auto_rebalance: bool, default "false";
     }
 
     /// How much of the documents' history is kept. A version is given up when it is older than
@@ -123,6 +146,31 @@ impl Default for LimitSettings {
             records_size: default_records_size(),
         }
     }
+}
+
+impl Default for HaSettings {
+    fn default() -> Self {
+        Self { require_watchdog: true, balance: BalanceBy::default(), auto_rebalance: false }
+    }
+}
+
+/// How the load of nodes is counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BalanceBy {
+    /// By their VMs.
+    #[default]
+    Count,
+    /// By what the VMs are configured with.
+    Static,
+}
+
+impl Described for BalanceBy {
+    const SHAPE: Shape = Shape::Words(&["count", "static"]);
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Default for MigrationSettings {

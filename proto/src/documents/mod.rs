@@ -9,7 +9,9 @@ mod storage;
 mod vm;
 
 pub use access::{AccessDocument, Role, RolesByName, roles};
-pub use cluster::{ClusterDocument, HistorySettings, LimitSettings, MigrationSettings};
+pub use cluster::{
+    BalanceBy, ClusterDocument, HaSettings, HistorySettings, LimitSettings, MigrationSettings,
+};
 pub use networks::{NetworkSpec, NetworksDocument};
 pub use node::NodeDocument;
 pub use path::{DocumentPath, PATH_MAX, PathKind, PathRefused, SEGMENT_MAX, classify};

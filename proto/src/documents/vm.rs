@@ -89,12 +89,31 @@ table! {
     }
 
     /// High availability of one VM.
-    #[derive(Default)]
     pub struct HaSpec {
         /// Start it elsewhere when its node dies. All its files must then be in shared pools.
         #[serde(default)]
         enabled: bool, default "false";
+        /// Higher first, when memory or time is short.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        priority: i32, default "0",
+            where "-1000 to 1000" => |priority| (-1000..=1000).contains(priority);
+        /// Failed starts that are tried again on the same node, later each time.
+        #[serde(default = "one")]
+        max_restarts: u32, default "1", where "0 to 10" => |count| *count <= 10;
+        /// Nodes it is given to after that, before it is given up (phase `error`).
+        #[serde(default = "one")]
+        max_relocations: u32, default "1", where "0 to 10" => |count| *count <= 10;
     }
+}
+
+impl Default for HaSpec {
+    fn default() -> Self {
+        Self { enabled: false, priority: 0, max_restarts: 1, max_relocations: 1 }
+    }
+}
+
+fn is_zero(number: &i32) -> bool {
+    *number == 0
 }
 
 impl Document for VmSpec {

@@ -87,6 +87,7 @@ macro_rules! plain {
 }
 
 plain! {
+    i32 = "number",
     u32 = "number",
     u64 = "number",
     bool = "true or false",

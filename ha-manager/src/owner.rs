@@ -1,4 +1,5 @@
-//! What a node does about one VM: a pure function of its placement and its process here.
+//! The owner's part: what a node does about one VM, a pure function of its placement and its process
+//! there; and what it writes into the placement when something has become of the VM.
 //!
 //! ```text
 //!                     no process        process of this        process of another
@@ -7,16 +8,44 @@
 //! started             MarkLost          -                      Kill
 //! migrating           MarkLost          Settle (no task)       Kill
 //! stopping            MarkStopped       Stop                   Kill
+//! relocating          HandOver          Stop                   Kill
+//! frozen              -                 Stop                   Kill
 //! stopped, error, …   -                 Kill                   Kill
 //! ```
 //! A process that does not answer is ended where it must not run, and left alone otherwise.
 //! Receiving processes and sources that wait for a commit are told by the placement as well:
 //! RunIncoming, ResolveCommit, Kill.
 
-use proto::NodeId;
-use proto::record::{Phase, Placement};
+use proto::record::{Phase, Placement, Requested};
+use proto::{Generation, NodeId, VmId};
 
-use crate::supervisor::{RunningVm, VmState};
+/// A process of a VM, as the decision sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    /// Of which VM.
+    pub vm_id: VmId,
+    /// At which generation; one that receives knows the source's.
+    pub generation: Generation,
+    /// It was made to receive a migration.
+    pub receives: bool,
+    /// What it says of itself.
+    pub state: ProcessState,
+}
+
+/// What a VM process says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessState {
+    /// It answers: runs the VM, or receives it.
+    Answers,
+    /// It has received all of the VM, and waits for the commit to be read.
+    Complete,
+    /// A source: paused, all sent, and only the placement says who runs the VM.
+    AwaitingCommit,
+    /// A source whose migration is committed; the process is ending.
+    Migrated,
+    /// It answers nothing: hung, or stopped by a signal.
+    Silent,
+}
 
 /// What to do about a VM here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +73,8 @@ pub enum Step {
     RunIncoming,
     /// The phase says migrating, and no task of this agent is at it: the VM runs on here.
     SettleMigration,
+    /// It is to be another node's, and runs no more: give it to that.
+    HandOver,
 }
 
 /// Decides. `placement` is `None` where the VM does not exist; `process` where none runs here;
@@ -54,16 +85,18 @@ pub enum Step {
 pub fn decide(
     me: NodeId,
     placement: Option<&Placement>,
-    process: Option<&RunningVm>,
+    process: Option<&Process>,
     starting: bool,
     may_start: bool,
 ) -> Step {
     let mine = placement.filter(|placement| placement.owner == me);
     match process {
-        Some(process) if process.state == VmState::Unknown => unanswered(me, placement, process),
-        Some(process) if process.migration_id.is_some() => incoming(me, placement, process),
-        Some(process) if process.state == VmState::AwaitingCommit => outgoing(mine, process),
-        Some(process) if process.state == VmState::Migrated => Step::Leave,
+        Some(process) if process.state == ProcessState::Silent => {
+            unanswered(me, placement, process)
+        }
+        Some(process) if process.receives => incoming(me, placement, process),
+        Some(process) if process.state == ProcessState::AwaitingCommit => outgoing(mine, process),
+        Some(process) if process.state == ProcessState::Migrated => Step::Leave,
         Some(process) => {
             let current = mine.filter(|placement| {
                 placement.vm_id == process.vm_id && placement.generation == process.generation
@@ -79,7 +112,7 @@ fn running(phase: Phase) -> Step {
     match phase {
         Phase::Starting => Step::MarkStarted,
         Phase::Started => Step::Leave,
-        Phase::Stopping => Step::Stop,
+        Phase::Stopping | Phase::Relocating { .. } | Phase::Frozen => Step::Stop,
         Phase::Migrating { .. } => Step::SettleMigration,
         Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => Step::Kill,
     }
@@ -90,18 +123,20 @@ fn absent(phase: Phase, may_start: bool) -> Step {
         Phase::Starting if may_start => Step::Start,
         Phase::Started | Phase::Migrating { .. } => Step::MarkLost,
         Phase::Stopping => Step::MarkStopped,
+        Phase::Relocating { .. } => Step::HandOver,
         Phase::Starting
         | Phase::Stopped
         | Phase::Recovering
         | Phase::Error
-        | Phase::Unplaceable => Step::Leave,
+        | Phase::Unplaceable
+        | Phase::Frozen => Step::Leave,
     }
 }
 
 /// A process that does not answer (yet). It is only ended where it must not run whatever it does;
 /// one that hangs is found by its supervisor.
-fn unanswered(me: NodeId, placement: Option<&Placement>, process: &RunningVm) -> Step {
-    let receives = process.migration_id.is_some();
+fn unanswered(me: NodeId, placement: Option<&Placement>, process: &Process) -> Step {
+    let receives = process.receives;
     let placement = placement.filter(|placement| placement.vm_id == process.vm_id);
     let Some(mine) = placement.filter(|placement| placement.owner == me) else {
         let awaited = placement
@@ -114,13 +149,13 @@ fn unanswered(me: NodeId, placement: Option<&Placement>, process: &RunningVm) ->
     match mine.phase {
         _ if !current => Step::Kill,
         Phase::Starting | Phase::Started | Phase::Migrating { .. } => Step::Leave,
-        Phase::Stopping => Step::Stop,
+        Phase::Stopping | Phase::Relocating { .. } | Phase::Frozen => Step::Stop,
         Phase::Stopped | Phase::Recovering | Phase::Error | Phase::Unplaceable => Step::Kill,
     }
 }
 
 /// A process that receives the VM. It is kept while the source's migration to here is under way.
-fn incoming(me: NodeId, placement: Option<&Placement>, process: &RunningVm) -> Step {
+fn incoming(me: NodeId, placement: Option<&Placement>, process: &Process) -> Step {
     let Some(placement) = placement.filter(|placement| placement.vm_id == process.vm_id) else {
         return Step::Kill;
     };
@@ -130,7 +165,7 @@ fn incoming(me: NodeId, placement: Option<&Placement>, process: &RunningVm) -> S
         Phase::Started
             if placement.owner == me
                 && placement.generation == process.generation.next()
-                && process.state == VmState::IncomingComplete =>
+                && process.state == ProcessState::Complete =>
         {
             Step::RunIncoming
         }
@@ -138,15 +173,17 @@ fn incoming(me: NodeId, placement: Option<&Placement>, process: &RunningVm) -> S
         | Phase::Started
         | Phase::Stopping
         | Phase::Migrating { .. }
+        | Phase::Relocating { .. }
         | Phase::Stopped
         | Phase::Recovering
         | Phase::Error
-        | Phase::Unplaceable => Step::Kill,
+        | Phase::Unplaceable
+        | Phase::Frozen => Step::Kill,
     }
 }
 
 /// A source that is paused and has sent everything: only the placement says who runs the VM.
-fn outgoing(mine: Option<&Placement>, process: &RunningVm) -> Step {
+fn outgoing(mine: Option<&Placement>, process: &Process) -> Step {
     let still_mine = mine.filter(|placement| {
         placement.vm_id == process.vm_id && placement.generation == process.generation
     });
@@ -158,53 +195,168 @@ fn outgoing(mine: Option<&Placement>, process: &RunningVm) -> Step {
     }
 }
 
+/// How a VM's process ended that should have run on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// The guest powered off.
+    ByGuest,
+    /// The process failed, or hung and was killed: how, as in "ended: signal 11".
+    Failed(String),
+    /// By the lease, by this agent, or while no agent looked (power loss, a reset): why, as in
+    /// "not running".
+    FromOutside(String),
+}
+
+/// Puts that the VM runs on `here`; gives the event.
+pub fn started(placement: &mut Placement, here: &str) -> String {
+    placement.phase = Phase::Started;
+    placement.message = None;
+    format!("started on {here}, generation {}", placement.generation)
+}
+
+/// Puts that the VM could not be started on `here`; gives the event.
+pub fn start_failed(placement: &mut Placement, here: &str, why: String) -> String {
+    let event = format!("start on {here} failed: {why}");
+    placement.message = Some(why);
+    failed(placement);
+    event
+}
+
+fn failed(placement: &mut Placement) {
+    if placement.ha {
+        placement.start_failures = placement.start_failures.saturating_add(1);
+        placement.retry_at_unix_ms = None;
+        placement.phase = Phase::Recovering;
+    } else {
+        placement.phase = Phase::Error;
+    }
+}
+
+/// Puts what becomes of a VM whose process on `here` is gone although it should run; gives the event.
+pub fn lost(placement: &mut Placement, how: Ended, here: &str) -> String {
+    match how {
+        Ended::ByGuest => {
+            placement.phase = Phase::Stopped;
+            if placement.requested != Requested::Ignored {
+                placement.requested = Requested::Stopped;
+            }
+            placement.message = None;
+            "the guest powered off".to_owned()
+        }
+        Ended::Failed(how) => {
+            let why = format!("its process on {here} {how}");
+            if placement.requested == Requested::Ignored {
+                placement.phase = Phase::Stopped;
+            } else {
+                failed(placement);
+            }
+            placement.message = Some(match placement.phase {
+                Phase::Error => format!("{why}; see `clusterctl vm log`, then start it"),
+                _ => why.clone(),
+            });
+            why
+        }
+        Ended::FromOutside(why) => {
+            match (placement.requested, placement.ha) {
+                (Requested::Stopped | Requested::Ignored, _) => {
+                    placement.phase = Phase::Stopped;
+                    return format!("{why} on {here}");
+                }
+                (Requested::Started, true) => placement.phase = Phase::Recovering,
+                (Requested::Started, false) => {
+                    placement.phase = Phase::Starting;
+                    placement.generation = placement.generation.next();
+                }
+            }
+            format!("{why} on {here}; it is started again")
+        }
+    }
+}
+
+/// Puts that the VM was stopped: for good, or to be started elsewhere; gives the event.
+pub fn stopped(placement: &mut Placement) -> String {
+    placement.message = None;
+    if placement.ha && placement.requested == Requested::Started {
+        placement.phase = Phase::Recovering;
+        "stopped; it is started again".to_owned()
+    } else {
+        placement.phase = Phase::Stopped;
+        "stopped".to_owned()
+    }
+}
+
+/// Gives a VM that was stopped for it to the node that it is relocated to; gives the event.
+pub fn handed_over(placement: &mut Placement, to: &str) -> String {
+    if let Phase::Relocating { target } = placement.phase {
+        placement.owner = target;
+        placement.generation = placement.generation.next();
+        placement.phase = Phase::Starting;
+        placement.start_failures = 0;
+    }
+    format!("stopped, and given to {to}, generation {}", placement.generation)
+}
+
+/// The target could not be given the VM (it is fenced by now): it looks for another place.
+pub fn not_handed_over(placement: &mut Placement, to: &str) -> String {
+    placement.phase = Phase::Recovering;
+    format!("stopped; {to} cannot be given it any more")
+}
+
+/// Puts that the migration is committed: the target's from now on; gives the event.
+pub fn committed(placement: &mut Placement, target: NodeId, to: &str) -> String {
+    placement.owner = target;
+    placement.generation = placement.generation.next();
+    placement.phase = Phase::Started;
+    placement.message = None;
+    format!("runs on {to} after a live migration, generation {}", placement.generation)
+}
+
+/// Forgets failed starts: the VM has run for a while, or a person asks for it.
+pub fn forget_failures(placement: &mut Placement) {
+    placement.start_failures = 0;
+    placement.tried.clear();
+    placement.retry_at_unix_ms = None;
+}
+
+/// Whether there is anything to forget.
+#[must_use]
+pub fn has_failures(placement: &Placement) -> bool {
+    placement.start_failures > 0 || !placement.tried.is_empty()
+}
+
 #[cfg(test)]
 mod tests {
-    use proto::record::Requested;
-    use proto::{Generation, VmId};
-
     use super::*;
 
     const ME: NodeId = NodeId(1);
     const OTHER: NodeId = NodeId(2);
-    const ID: VmId = VmId(uuid::Uuid::from_u128(7));
+
+    fn id(number: u64) -> VmId {
+        let text = format!("\"00000000-0000-4000-8000-00000000000{number}\"");
+        serde_json::from_str(&text).unwrap()
+    }
 
     fn placement(owner: NodeId, generation: u64, phase: Phase) -> Placement {
-        Placement {
-            vm_id: ID,
-            owner,
-            generation: Generation(generation),
-            phase,
-            requested: Requested::Started,
-            ha: true,
-            cpus: 1,
-            memory_bytes: 64 << 20,
-            message: None,
-            events: Vec::new(),
-            start_failures: 0,
-            retry_at_unix_ms: None,
-        }
+        serde_json::from_value(serde_json::json!({
+            "vm_id": id(7), "owner": owner, "generation": generation, "phase": phase,
+            "requested": "started", "ha": true, "cpus": 1, "memory_bytes": 64 << 20,
+        }))
+        .unwrap()
     }
 
-    fn process(generation: u64, state: VmState) -> RunningVm {
-        let incoming = matches!(state, VmState::Incoming | VmState::IncomingComplete);
-        RunningVm {
-            name: "web".parse().unwrap(),
-            vm_id: ID,
-            generation: Generation(generation),
-            ha: true,
-            state,
-            migration_id: incoming.then(|| "m".to_owned()),
-            pid: 1,
-            memory_bytes: 64 << 20,
-        }
+    fn process(generation: u64, state: ProcessState) -> Process {
+        Process { vm_id: id(7), generation: Generation(generation), receives: false, state }
     }
 
-    fn step(placement: Option<&Placement>, process: Option<&RunningVm>) -> Step {
+    fn receiver(state: ProcessState) -> Process {
+        Process { receives: true, ..process(1, state) }
+    }
+
+    fn step(placement: Option<&Placement>, process: Option<&Process>) -> Step {
         decide(ME, placement, process, false, true)
     }
 
-    const PHASES: [Phase; 8] = [
+    const PHASES: [Phase; 10] = [
         Phase::Stopped,
         Phase::Starting,
         Phase::Started,
@@ -213,6 +365,8 @@ mod tests {
         Phase::Recovering,
         Phase::Error,
         Phase::Unplaceable,
+        Phase::Relocating { target: OTHER },
+        Phase::Frozen,
     ];
 
     #[test]
@@ -230,12 +384,12 @@ mod tests {
 
     #[test]
     fn a_process_of_another_owner_generation_or_vm_is_killed() {
-        let old = process(1, VmState::Running);
+        let old = process(1, ProcessState::Answers);
         for phase in PHASES {
             assert_eq!(step(Some(&placement(ME, 2, phase)), Some(&old)), Step::Kill);
             assert_eq!(step(Some(&placement(OTHER, 1, phase)), Some(&old)), Step::Kill);
             let mut another = placement(ME, 1, phase);
-            another.vm_id = VmId(uuid::Uuid::from_u128(8));
+            another.vm_id = id(8);
             assert_eq!(step(Some(&another), Some(&old)), Step::Kill);
         }
         assert_eq!(step(None, Some(&old)), Step::Kill);
@@ -243,7 +397,7 @@ mod tests {
 
     #[test]
     fn a_current_process_follows_its_phase() {
-        let current = process(1, VmState::Running);
+        let current = process(1, ProcessState::Answers);
         let steps = PHASES.map(|phase| step(Some(&placement(ME, 1, phase)), Some(&current)));
         assert_eq!(
             steps,
@@ -255,24 +409,26 @@ mod tests {
                 Step::SettleMigration,
                 Step::Kill,
                 Step::Kill,
-                Step::Kill
+                Step::Kill,
+                Step::Stop,
+                Step::Stop,
             ]
         );
     }
 
     #[test]
     fn a_process_that_does_not_answer_is_ended_only_where_it_must_not_run() {
-        let silent = process(1, VmState::Unknown);
+        let silent = process(1, ProcessState::Silent);
         let steps = PHASES.map(|phase| step(Some(&placement(ME, 1, phase)), Some(&silent)));
         use Step::{Kill, Leave, Stop};
-        assert_eq!(steps, [Kill, Leave, Leave, Stop, Leave, Kill, Kill, Kill]);
+        assert_eq!(steps, [Kill, Leave, Leave, Stop, Leave, Kill, Kill, Kill, Stop, Stop]);
         for phase in PHASES {
             assert_eq!(step(Some(&placement(ME, 2, phase)), Some(&silent)), Kill);
             assert_eq!(step(Some(&placement(OTHER, 1, phase)), Some(&silent)), Kill);
         }
         assert_eq!(step(None, Some(&silent)), Kill);
         // It may have been told to run what it received, just before the agent before this one ended.
-        let receiver = RunningVm { migration_id: Some("m".into()), ..silent };
+        let receiver = Process { receives: true, ..silent };
         assert_eq!(step(Some(&placement(ME, 2, Phase::Started)), Some(&receiver)), Leave);
         assert_eq!(step(Some(&placement(ME, 3, Phase::Started)), Some(&receiver)), Kill);
         let to_me = placement(OTHER, 1, Phase::Migrating { target: ME });
@@ -285,12 +441,13 @@ mod tests {
         assert_eq!(steps[2], Step::MarkLost);
         assert_eq!(steps[3], Step::MarkStopped);
         assert_eq!(steps[4], Step::MarkLost);
+        assert_eq!((steps[8], steps[9]), (Step::HandOver, Step::Leave));
     }
 
     #[test]
     fn after_the_commit_the_source_ends_and_the_target_runs() {
         let committed = placement(OTHER, 2, Phase::Started);
-        let source = process(1, VmState::AwaitingCommit);
+        let source = process(1, ProcessState::AwaitingCommit);
         assert_eq!(step(Some(&committed), Some(&source)), Step::ResolveCommit { committed: true });
         // A commit may be on its way: first it is made void, then the VM runs on.
         let before = placement(ME, 1, Phase::Migrating { target: OTHER });
@@ -301,7 +458,7 @@ mod tests {
         let fenced = placement(ME, 2, Phase::Recovering);
         assert_eq!(step(Some(&fenced), Some(&source)), Step::ResolveCommit { committed: true });
 
-        let target = process(1, VmState::IncomingComplete);
+        let target = receiver(ProcessState::Complete);
         let to_me = placement(OTHER, 1, Phase::Migrating { target: ME });
         assert_eq!(step(Some(&to_me), Some(&target)), Step::Leave);
         assert_eq!(step(Some(&placement(ME, 2, Phase::Started)), Some(&target)), Step::RunIncoming);
@@ -309,7 +466,7 @@ mod tests {
         assert_eq!(step(Some(&placement(ME, 3, Phase::Started)), Some(&target)), Step::Kill);
         assert_eq!(step(Some(&placement(OTHER, 1, Phase::Started)), Some(&target)), Step::Kill);
         assert_eq!(step(None, Some(&target)), Step::Kill);
-        let half = process(1, VmState::Incoming);
+        let half = receiver(ProcessState::Answers);
         assert_eq!(step(Some(&placement(ME, 2, Phase::Started)), Some(&half)), Step::Kill);
     }
 }
