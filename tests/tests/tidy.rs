@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Which crate may depend on which other of the workspace. The three cores never meet.
-const DIRECTIONS: [(&str, &[&str]); 8] = [
+const DIRECTIONS: [(&str, &[&str]); 9] = [
     ("proto", &[]),
     ("cluster/histogram", &[]),
     ("cluster", &["proto"]),
     ("vmm-core", &["proto"]),
     ("ha-manager", &["proto"]),
+    ("ha-manager/simulator", &["ha-manager", "proto"]),
     ("node-agent", &["cluster", "ha-manager", "proto", "vmm-core"]),
-    ("cli", &["proto"]),
+    ("cli", &["ha-manager/simulator", "proto"]),
     ("tests", &["cluster", "ha-manager", "node-agent", "proto", "vmm-core", "cli"]),
 ];
 
@@ -69,13 +70,23 @@ const EFFECTS: &[&str] = &[
     "thread::spawn",
 ];
 
-const BANS: [Ban; 8] = [
+const BANS: [Ban; 10] = [
     Ban {
         folder: "ha-manager/src",
         words: CLOCK_AND_CHANCE,
         reason: "time and order come in as arguments, so that a plan can be repeated",
     },
     Ban { folder: "ha-manager/src", words: EFFECTS, reason: "plans are values; executors act" },
+    Ban {
+        folder: "ha-manager/simulator/src",
+        words: CLOCK_AND_CHANCE,
+        reason: "a scenario and its seed are all that a run depends on",
+    },
+    Ban {
+        folder: "ha-manager/simulator/src",
+        words: EFFECTS,
+        reason: "who asks for a run reads and prints",
+    },
     Ban {
         folder: "cluster/src/machine",
         words: CLOCK_AND_CHANCE,

@@ -1,5 +1,7 @@
 //! `clusterctl ha`: high availability.
 
+pub(crate) mod simulate;
+
 use clap::Subcommand;
 use proto::v1;
 use proto::v1::ha_client::HaClient;
@@ -13,11 +15,20 @@ pub(crate) enum Command {
     /// Nodes with their protection, VMs with the reason why each is where it is
     #[command(after_help = "Examples:\n  clusterctl ha status")]
     Status,
+    /// Play a scenario: what happens if a node dies, hangs, is cut off? No cluster is asked
+    ///
+    /// The decisions are the real ones; nodes, network, store, watchdogs and VM processes are a model
+    /// in simulated time. Prints what happens, and checks at each instant that no VM runs twice. Exit
+    /// status 1: a promise was broken, or what the scenario expects did not come out.
+    #[command(after_help = "Examples:\n  clusterctl ha simulate node-dies.toml\n  \
+        clusterctl ha simulate node-dies.toml -o json | jq .moves")]
+    Simulate(simulate::Simulate),
 }
 
 pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
     let mut client = HaClient::new(session.channel.clone());
     match command {
+        Command::Simulate(command) => simulate::simulate(session.global.output, &command),
         Command::Status => {
             let status = client.status(v1::HaStatusRequest {});
             let status = session.call("see the HA status", status).await?;

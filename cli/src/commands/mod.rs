@@ -34,6 +34,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
             config::explain(global.output, &key, recursive)
         }
         Noun::Config(command) => config::run(&Session::open(&global).await?, command).await,
+        // A model is asked, not a cluster.
+        Noun::Ha(ha::Command::Simulate(command)) => ha::simulate::simulate(global.output, &command),
         Noun::Ha(command) => ha::run(&Session::open(&global).await?, command).await,
         Noun::Task(command) => task::run(&Session::open(&global).await?, command).await,
         Noun::Context(command) => context::run(&global, command).await,
