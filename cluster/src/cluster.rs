@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::Stream;
 use futures::stream::BoxStream;
@@ -200,6 +201,15 @@ impl Cluster {
     #[must_use]
     pub fn leader(&self) -> Option<NodeId> {
         self.node.leader().map(NodeId)
+    }
+    /// Whether another node that led gives a sign of life within a limit, before a third one leads.
+    pub async fn leader_alive(&self, leader: NodeId, limit: Duration) -> bool {
+        self.node.leader_alive(leader.0, limit).await
+    }
+    /// Resolves once there is no use in waiting for an answer of another node that led: somebody
+    /// else leads, or it gave no sign of life for so long. One that lost its power refuses nothing.
+    pub async fn leader_lost(&self, leader: NodeId, patience: Duration) {
+        self.node.leader_lost(leader.0, patience).await;
     }
     /// The Raft term, as this node knows.
     #[must_use]

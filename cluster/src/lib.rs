@@ -45,7 +45,7 @@ mod voters;
 
 pub use cluster::Cluster;
 pub use config::{CertificateLives, ClusterConfig, Limits, RaftTimings, Retention};
-pub use consensus::{RaftService, says_removed};
+pub use consensus::{RaftService, never_connected, says_removed};
 pub use error::{
     Compacted, InitError, JoinError, MembershipError, NotLeader, OpenError, ReadAtError,
     StoreError, WatchError,

@@ -7,12 +7,11 @@ use std::time::{Duration, Instant};
 
 use ha_manager::Mobility;
 use proto::record::Phase;
-use proto::v1::HaStatusRequest;
-use proto::v1::ha_client::HaClient;
 use proto::{Name, NodeId};
 use tonic::Status;
 
-use crate::api::forward::{Caller, leader_channel};
+use crate::api::forward::Caller;
+use crate::api::{leader, status_of};
 use crate::ha::observe;
 use crate::node::Node;
 use crate::store::BoardView;
@@ -173,15 +172,12 @@ fn stuck(here: &Here, told: &BTreeMap<Name, String>) -> TaskFailure {
 
 /// What the leader's last plan says about each VM.
 async fn reasons(node: &Node, caller: &Caller) -> Result<BTreeMap<Name, String>, Status> {
-    let report = match leader_channel(node).await? {
+    let report = match leader::ask(node, |channel| status_of(channel, caller)).await? {
         None => {
             let plan = node.leader.last_plan();
             plan.report.iter().map(|(name, report)| format!("{name}: {report}")).collect()
         }
-        Some(channel) => {
-            let request = caller.request(HaStatusRequest {})?;
-            HaClient::new(channel).status(request).await?.into_inner().report
-        }
+        Some(answer) => answer.into_inner().report,
     };
     let split = |line: &String| {
         let (name, reason) = line.split_once(": ")?;

@@ -180,9 +180,14 @@ pub(crate) async fn renew(
 
 /// Whether a call failed before a connection was there to send it on, or was refused unread.
 fn nothing_was_sent(status: &Status) -> bool {
-    if matches!(status.code(), tonic::Code::PermissionDenied | tonic::Code::Unauthenticated) {
-        return true;
-    }
+    let refused =
+        matches!(status.code(), tonic::Code::PermissionDenied | tonic::Code::Unauthenticated);
+    refused || never_connected(status)
+}
+
+/// Whether a call to a member failed before there was a connection to send it on: it was not done.
+#[must_use]
+pub fn never_connected(status: &Status) -> bool {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
         if error.is::<tonic::ConnectError>() {

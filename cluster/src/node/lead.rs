@@ -15,6 +15,8 @@ use crate::types::Confirmed;
 const ELSEWHERE: Duration = Duration::from_millis(500);
 /// What this node does itself, as the leader, may end so much late.
 const LATE: Duration = Duration::from_millis(100);
+/// Between two looks whether a leader whose answer is waited for is alive.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -278,6 +280,26 @@ impl Node {
         let asked = self.ask_member(leader, &Forward::Hello, limit * 10);
         let answer = tokio::time::timeout(limit, asked).await.ok()?;
         Some(matches!(answer, Forwarded::Done))
+    }
+
+    /// Whether a member that led gives a sign of life within a limit, before another one leads.
+    pub(crate) async fn leader_alive(&self, leader: u64, limit: Duration) -> bool {
+        let hello = self.ask_member(leader, &Forward::Hello, limit);
+        tokio::select! {
+            answer = hello => matches!(answer, Forwarded::Done),
+            () = self.another_leads([Some(leader); 2]) => false,
+        }
+    }
+
+    /// Resolves once there is no use in waiting for a leader's answer: another one leads, or it was
+    /// silent for so long.
+    pub(crate) async fn leader_lost(&self, leader: u64, patience: Duration) {
+        while self.leader_alive(leader, patience).await {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = self.another_leads([Some(leader); 2]) => return,
+            }
+        }
     }
 
     /// Some other member, another one each turn.

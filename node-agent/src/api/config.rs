@@ -16,8 +16,8 @@ use proto::{Revision, keys};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
-use super::forward::{Caller, leader_channel};
-use super::{Answers, Api};
+use super::forward::Caller;
+use super::{Answers, Api, leader};
 use crate::access::{again, may_write, resting};
 use crate::documents::{self, Refusal, Wanted};
 use crate::node::Node;
@@ -225,11 +225,14 @@ impl Config for Api {
         may_write(&caller, message.changes.iter().map(|change| change.path.as_str()))?;
         let dry_run = message.dry_run;
         let changes: Vec<FileChange> = message.changes.iter().cloned().map(file_change).collect();
+        let there = |channel| {
+            let request = caller.request(message.clone());
+            async move { ConfigClient::new(channel).commit(request?).await }
+        };
         if documents::need_leader(&changes)
-            && let Some(channel) = leader_channel(&node).await?
+            && let Some(answer) = leader::have_done(&node, there).await?
         {
-            let answer = ConfigClient::new(channel).commit(caller.request(message)?).await;
-            return answer.map_err(documents::lost_answer);
+            return Ok(answer);
         }
         let wanted = Wanted { dry_run, ..Wanted::default() };
         let response = match documents::commit(&node, &caller, &changes, &wanted).await? {

@@ -4,7 +4,8 @@ use proto::v1::nodes_client::NodesClient;
 use proto::v1::{FenceNodeRequest, FenceNodeResponse};
 use tonic::{Response, Status};
 
-use super::forward::{Caller, leader_channel};
+use super::forward::Caller;
+use super::leader;
 use crate::ha::fence_by_hand;
 use crate::node::Node;
 
@@ -13,8 +14,12 @@ pub(super) async fn fence(
     caller: &Caller,
     request: FenceNodeRequest,
 ) -> Result<Response<FenceNodeResponse>, Status> {
-    if let Some(channel) = leader_channel(node).await? {
-        return NodesClient::new(channel).fence(caller.request(request)?).await;
+    let there = |channel| {
+        let request = caller.request(request.clone());
+        async move { NodesClient::new(channel).fence(request?).await }
+    };
+    if let Some(answer) = leader::have_done(node, there).await? {
+        return Ok(answer);
     }
     let target = node.find(&request.node).ok_or_else(|| super::node::unknown(&request.node))?;
     let vms = fence_by_hand(node, target, request.machine_is_off, &caller.user).await?;

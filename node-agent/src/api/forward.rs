@@ -4,15 +4,18 @@
 //! A forwarded request says for whom it is made and how often it was passed on. Both are believed
 //! from nodes only.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cluster::tls::{PeerIdentity, require_any};
+use futures::StreamExt as _;
 use proto::documents::Role;
 use proto::{NodeId, Revision};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
 
+use super::Answers;
 use crate::access::Granted;
 use crate::node::Node;
 
@@ -126,25 +129,15 @@ pub fn channel(node: &Node, to: NodeId) -> Result<Channel, Status> {
     node.cluster().peer_channel(to).map_err(|error| Status::unavailable(error.to_string()))
 }
 
-/// The leader's channel; `None` if this node leads. Waits for an election that is under way.
+/// The leader's channel; `None` if this node leads. Waits for an election that is under way. Rather
+/// use [`leader::ask`](super::leader::ask), which does not wait for a leader that is dead.
 ///
 /// # Errors
 /// `UNAVAILABLE` if there is no leader within the configured wait: no quorum.
 pub async fn leader_channel(node: &Node) -> Result<Option<Channel>, Status> {
     let limit = Duration::from_millis(node.config.timing.quorum_wait_ms);
-    let found = tokio::time::timeout(limit, async {
-        loop {
-            if let Some(leader) = node.cluster().leader() {
-                break leader;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    });
-    match found.await {
-        Ok(leader) if leader == node.id => Ok(None),
-        Ok(leader) => channel(node, leader).map(Some),
-        Err(_) => Err(no_quorum(node)),
-    }
+    let found = super::leader::found(node, Instant::now() + limit).await?;
+    Ok(found.map(|(_, channel)| channel))
 }
 
 /// What is said when the cluster cannot decide.
@@ -158,16 +151,30 @@ pub fn no_quorum(node: &Node) -> Status {
     ))
 }
 
+/// Whether a forwarded call failed on the way: what the other node says has no source here.
+pub(super) fn broke_on_the_way(status: &Status) -> bool {
+    let wordless = status.code() == tonic::Code::Unavailable && status.message().is_empty();
+    wordless || std::error::Error::source(status).is_some()
+}
+
 /// What a forwarded call's transport error means to the caller.
 #[must_use]
 pub fn unreachable(node: &Node, to: NodeId, status: &Status) -> Status {
-    // What the other node says has no source here; what breaks on the way to it has.
-    let on_the_way = std::error::Error::source(status).is_some();
-    if on_the_way || status.code() == tonic::Code::Unavailable && status.message().is_empty() {
+    if broke_on_the_way(status) {
         return Status::unavailable(format!(
             "node {} does not answer; look at `clusterctl node list`",
             node.name_of(to)
         ));
     }
     status.clone()
+}
+
+/// Another node's answers, one by one, to their end or to where the way to it breaks.
+pub(super) fn relayed<T: Send + 'static>(
+    node: &Arc<Node>,
+    from: NodeId,
+    answers: Streaming<T>,
+) -> Answers<T> {
+    let node = node.clone();
+    answers.map(move |answer| answer.map_err(|status| unreachable(&node, from, &status))).boxed()
 }

@@ -7,10 +7,11 @@ use proto::Name;
 use proto::v1::ha_client::HaClient;
 use proto::v1::ha_server::Ha;
 use proto::v1::{HaNode, HaResource, HaStatus, HaStatusRequest};
-use tonic::{Request, Response, Status};
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
 
-use super::Api;
-use super::forward::{Caller, leader_channel};
+use super::forward::Caller;
+use super::{Api, leader};
 use crate::ha::observe;
 use crate::node::Node;
 
@@ -22,19 +23,26 @@ impl Ha for Api {
     ) -> Result<Response<HaStatus>, Status> {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         let lease_ms = u32::try_from(node.config.timing.lease_ms).unwrap_or(u32::MAX);
-        match leader_channel(&node).await {
+        match leader::ask(&node, |channel| status_of(channel, &caller)).await {
             Ok(None) => Ok(Response::new(status(&node, lease_ms).await?)),
-            Ok(Some(channel)) => {
-                HaClient::new(channel).status(caller.request(HaStatusRequest {})?).await
-            }
-            Err(no_quorum) => Ok(Response::new(HaStatus {
+            Ok(Some(answer)) => Ok(answer),
+            Err(none) if none.code() == Code::Unavailable => Ok(Response::new(HaStatus {
                 quorum: false,
                 lease_ms,
-                report: vec![no_quorum.message().to_owned()],
+                report: vec![none.message().to_owned()],
                 ..HaStatus::default()
             })),
+            Err(refused) => Err(refused),
         }
     }
+}
+
+/// Another node's answer, as the leader.
+pub(crate) async fn status_of(
+    channel: Channel,
+    caller: &Caller,
+) -> Result<Response<HaStatus>, Status> {
+    HaClient::new(channel).status(caller.request(HaStatusRequest {})?).await
 }
 
 /// How a node is kept from running HA VMs that it should not run any more.

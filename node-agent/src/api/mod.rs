@@ -8,6 +8,7 @@ mod config;
 mod fence;
 pub mod forward;
 mod ha;
+pub mod leader;
 mod membership;
 mod named;
 mod node;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 use tonic::Status;
 
+pub(crate) use ha::status_of;
 pub use membership::Former;
 pub(crate) use membership::{init_status, join_status, restore_status};
 pub use named::Named;

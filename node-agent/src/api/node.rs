@@ -10,10 +10,11 @@ use proto::v1::{
     DrainNodeRequest, FenceNodeRequest, FenceNodeResponse, ListNodesRequest, ListNodesResponse,
     RenameNodeRequest, ResumeNodeRequest, ShowNodeRequest, TaskRef,
 };
+use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
-use super::Api;
-use super::forward::{Caller, leader_channel};
+use super::forward::Caller;
+use super::{Api, leader};
 use crate::node::Node;
 
 pub(super) fn unknown(name: &str) -> Status {
@@ -29,9 +30,7 @@ impl Nodes for Api {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         // The leader knows the leases; without one, this node tells what it has applied.
         if !caller.is_forwarded()
-            && let Ok(Some(channel)) = leader_channel(&node).await
-            && let Ok(answer) =
-                NodesClient::new(channel).list(caller.request(ListNodesRequest {})?).await
+            && let Ok(Some(answer)) = leader::ask(&node, |channel| list_of(channel, &caller)).await
         {
             return Ok(answer);
         }
@@ -118,6 +117,11 @@ impl Nodes for Api {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         super::fence::fence(&node, &caller, request.into_inner()).await
     }
+}
+
+/// Another node's answer, as the leader.
+async fn list_of(channel: Channel, caller: &Caller) -> Result<Response<ListNodesResponse>, Status> {
+    NodesClient::new(channel).list(caller.request(ListNodesRequest {})?).await
 }
 
 async fn set_maintenance(

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
-use super::forward::{Caller, channel, unreachable};
+use super::forward::{Caller, channel, relayed, unreachable};
 use super::{Answers, Api};
 use crate::access::may_cancel;
 use crate::node::Node;
@@ -109,8 +109,8 @@ impl Tasks for Api {
         let message = request.into_inner();
         if let Some((of, channel)) = home(&node, &message.task_id)? {
             let answer = TasksClient::new(channel).follow(caller.request(message)?).await;
-            let stream = answer.map_err(|status| unreachable(&node, of, &status))?.into_inner();
-            return Ok(Response::new(stream.boxed()));
+            let updates = answer.map_err(|status| unreachable(&node, of, &status))?.into_inner();
+            return Ok(Response::new(relayed(&node, of, updates)));
         }
         let updates = node.tasks.follow(&message.task_id);
         let updates = updates.ok_or_else(|| unknown(&message.task_id))?;

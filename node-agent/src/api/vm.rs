@@ -18,8 +18,8 @@ use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::forward::{Caller, channel, leader_channel, unreachable};
-use super::{Answers, Api, parse_name};
+use super::forward::{Caller, channel, relayed, unreachable};
+use super::{Answers, Api, leader, parse_name};
 use crate::node::Node;
 use crate::vms;
 
@@ -70,12 +70,13 @@ impl Vms for Api {
     ) -> Result<Response<CreateVmResponse>, Status> {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         let message = request.into_inner();
-        match leader_channel(&node).await? {
+        let there = |channel| {
+            let request = caller.request(message.clone());
+            async move { VmsClient::new(channel).create(request?).await }
+        };
+        match leader::have_done(&node, there).await? {
             None => vms::create(&node, &caller, message).await.map(Response::new),
-            Some(channel) => {
-                let answer = VmsClient::new(channel).create(caller.request(message)?).await;
-                answer.map_err(|status| leader_gone(&node, &status))
-            }
+            Some(answer) => Ok(answer),
         }
     }
 
@@ -108,12 +109,13 @@ impl Vms for Api {
         let (node, caller) = (self.node()?, Caller::of(&request)?);
         let message = request.into_inner();
         let vm = parse_name(&message.vm)?;
-        match leader_channel(&node).await? {
+        let there = |channel| {
+            let request = caller.request(message.clone());
+            async move { VmsClient::new(channel).start(request?).await }
+        };
+        match leader::have_done(&node, there).await? {
             None => vms::start(&node, &caller, &vm).await.map(task),
-            Some(channel) => {
-                let answer = VmsClient::new(channel).start(caller.request(message)?).await;
-                answer.map_err(|status| leader_gone(&node, &status))
-            }
+            Some(answer) => Ok(answer),
         }
     }
 
@@ -201,7 +203,7 @@ impl Vms for Api {
             let messages = futures::stream::iter([first]).chain(rest);
             let answer = VmsClient::new(channel).console(caller.request(messages)?).await;
             let answer = answer.map_err(|status| unreachable(&node, to, &status))?;
-            return Ok(Response::new(answer.into_inner().boxed()));
+            return Ok(Response::new(relayed(&node, to, answer.into_inner())));
         }
         let bytes = futures::stream::iter([first]).chain(rest).map(|message| message.data);
         let bytes = bytes.filter(|data| futures::future::ready(!data.is_empty()));
@@ -222,16 +224,9 @@ impl Vms for Api {
         if let Some((to, channel)) = owner(&node, &vm).await? {
             let answer = VmsClient::new(channel).log(caller.request(message)?).await;
             let answer = answer.map_err(|status| unreachable(&node, to, &status))?;
-            return Ok(Response::new(answer.into_inner().boxed()));
+            return Ok(Response::new(relayed(&node, to, answer.into_inner())));
         }
         Ok(Response::new(follow_log(&node, &vm, message).await?))
-    }
-}
-
-fn leader_gone(node: &Node, status: &Status) -> Status {
-    match node.cluster().leader() {
-        Some(leader) => unreachable(node, leader, status),
-        None => super::forward::no_quorum(node),
     }
 }
 

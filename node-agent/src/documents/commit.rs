@@ -9,12 +9,13 @@ use proto::documents::{DocumentPath, classify};
 use proto::record::DiskClaim;
 use proto::v1::config_client::ConfigClient;
 use proto::{NodeId, Revision, VmId, keys, v1};
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 use super::plan::{NewVm, Plan, Present, plan};
-use super::refusal::{lost_answer, status_refused, store_refused};
+use super::refusal::{status_refused, store_refused};
 use super::{Refusal, paths};
-use crate::api::forward::{Caller, leader_channel};
+use crate::api::forward::Caller;
+use crate::api::leader;
 use crate::events::stamped;
 use crate::ha::{Snapshot, observe};
 use crate::node::Node;
@@ -257,11 +258,11 @@ pub(super) async fn route(
     author: &str,
 ) -> Result<Revision, FileRefused> {
     let caller = Caller::local(author);
-    let channel = match need_leader(&changes) {
-        true => leader_channel(node).await.map_err(|status| status_refused(&status))?,
+    let answer = match need_leader(&changes) {
+        true => at_leader(node, &caller, &changes).await?,
         false => None,
     };
-    let Some(channel) = channel else {
+    let Some(answer) = answer else {
         return match try_commit(node, &caller, &changes, &Wanted::default()).await {
             Ok(Ok(done)) => Ok(done.revision),
             Ok(Err(refusals)) => Err(first(refusals.into_iter().map(Into::into))),
@@ -269,15 +270,25 @@ pub(super) async fn route(
             Err(Failed::Other(status)) => Err(status_refused(&status)),
         };
     };
-    let changes = changes.into_iter().map(message).collect();
-    let request = v1::CommitRequest { changes, dry_run: false };
-    let request = caller.request(request).map_err(|status| status_refused(&status))?;
-    let answer = ConfigClient::new(channel).commit(request).await;
-    let answer = answer.map_err(|status| status_refused(&lost_answer(status)))?.into_inner();
     match answer.refusals.is_empty() {
         true => Ok(Revision(answer.revision)),
         false => Err(first(answer.refusals.into_iter().map(of_message))),
     }
+}
+
+/// What the leader makes of changes; `None` if this node leads.
+async fn at_leader(
+    node: &Node,
+    caller: &Caller,
+    changes: &[FileChange],
+) -> Result<Option<v1::CommitResponse>, FileRefused> {
+    let there = |channel| {
+        let changes = changes.iter().cloned().map(message).collect();
+        let request = caller.request(v1::CommitRequest { changes, dry_run: false });
+        async move { ConfigClient::new(channel).commit(request?).await }
+    };
+    let answer = leader::have_done(node, there).await;
+    Ok(answer.map_err(|status| status_refused(&status))?.map(Response::into_inner))
 }
 
 fn first(mut refused: impl Iterator<Item = FileRefused>) -> FileRefused {

@@ -30,7 +30,7 @@ use proto::Revision;
 
 pub use commit::{Done, Wanted, commit, need_leader};
 pub use entry::Entry;
-pub use refusal::{Refusal, lost_answer};
+pub use refusal::Refusal;
 
 use crate::node::Node;
 

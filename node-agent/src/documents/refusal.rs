@@ -92,19 +92,6 @@ pub(super) fn store_refused(error: &StoreError) -> FileRefused {
     }
 }
 
-/// What the leader said; or, where its answer was lost on the way, that the outcome is unknown.
-#[must_use]
-pub fn lost_answer(status: Status) -> Status {
-    // Only what the transport says of itself has a source.
-    match std::error::Error::source(&status) {
-        None => status,
-        Some(cause) => Status::deadline_exceeded(format!(
-            "the leader's answer was lost ({cause}): whether the change was made is not known; \
-             look before repeating it"
-        )),
-    }
-}
-
 /// A status of the leader's answer in the words of the mounted tree.
 pub(super) fn status_refused(status: &Status) -> FileRefused {
     let text = status.message().to_owned();

@@ -5,6 +5,7 @@
 mod apply;
 mod bad_input;
 mod edit;
+mod leader;
 mod limits;
 mod past;
 mod rig;

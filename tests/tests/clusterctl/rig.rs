@@ -185,6 +185,13 @@ impl Node {
         self.child.wait().unwrap();
     }
 
+    /// Still there for the kernel, which takes what is sent to it; it answers nothing, as a machine
+    /// that lost its power.
+    pub(crate) fn freeze(&self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    }
+
     pub(crate) fn start_again(&mut self) {
         self.child = spawn(self.folder.path());
         self.listens();
