@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster::{Consistency, FileChange, FileRefused, StoreError, TxnOutcome};
+use ha_manager::ClusterState;
 use proto::documents::{DocumentPath, classify};
 use proto::record::DiskClaim;
 use proto::v1::config_client::ConfigClient;
 use proto::{NodeId, Revision, VmId, keys, v1};
 use tonic::{Code, Response, Status};
 
-use super::plan::{NewVm, Plan, Present, plan};
+use super::plan::{Largest, NewVm, Plan, Present, plan};
 use super::refusal::{status_refused, store_refused};
 use super::{Refusal, paths};
 use crate::api::forward::Caller;
@@ -183,6 +184,7 @@ async fn read(
                 (name.clone(), Versioned { value: placement, revision: view.mod_revision })
             })
             .collect();
+        present.largest = largest(&snapshot.state);
         present.claims = claims(node).await?;
         let (record, _) = cluster.get(keys::ADMINISTRATION, Consistency::Stale).await?;
         present.administration = record.map(|kv| kv.mod_revision).unwrap_or_default();
@@ -196,6 +198,13 @@ async fn read(
         }
     }
     Ok((present, revision))
+}
+
+/// Of the nodes that run VMs.
+fn largest(state: &ClusterState) -> Option<Largest> {
+    let records = state.nodes.values().map(|view| &view.record).filter(|record| !record.witness);
+    let largest = records.max_by_key(|record| record.memory_bytes)?;
+    Some(Largest { node: largest.name.clone(), memory_bytes: largest.memory_bytes })
 }
 
 async fn claims(node: &Node) -> Result<BTreeMap<String, Versioned<DiskClaim>>, Failed> {

@@ -24,10 +24,19 @@ pub(super) struct Present {
     pub(super) folders: BTreeSet<String>,
     pub(super) placements: BTreeMap<Name, Versioned<Placement>>,
     pub(super) claims: BTreeMap<String, Versioned<DiskClaim>>,
+    /// The node with the most memory for VMs; `None` where that is not known.
+    pub(super) largest: Option<Largest>,
     /// Of the record of who administers.
     pub(super) administration: Revision,
     /// Clients that a certificate lets in, where roles change.
     pub(super) certified: BTreeSet<String>,
+}
+
+/// A node, and what VMs may use of its memory.
+#[derive(Debug, Clone)]
+pub(super) struct Largest {
+    pub(super) node: Name,
+    pub(super) memory_bytes: u64,
 }
 
 /// Where a new VM goes, and what it is called inside.

@@ -6,7 +6,7 @@ use proto::{NodeId, Revision, VmId, VmSpec, keys};
 use tonic::Code;
 
 use super::Refusal;
-use super::plan::{NewVm, Plan, Present, plan};
+use super::plan::{Largest, NewVm, Plan, Present, plan};
 use crate::store::{Versioned, json};
 
 const STORAGE: &str = "[pools.shared]\nkind = \"shared-dir\"\npath = \"/mnt/vms\"\n\
@@ -109,6 +109,35 @@ fn a_vm_at_rest_is_changed_and_its_claims_move() {
         .if_revision(keys::STORAGE_DOCUMENT, Revision(3))
         .if_revision(keys::NETWORKS_DOCUMENT, Revision(3));
     assert_eq!(made.txn, expected);
+}
+
+#[test]
+fn no_vm_is_made_or_grows_larger_than_any_node() {
+    let largest = Largest { node: "n2".parse().unwrap(), memory_bytes: 200 << 20 };
+    let sized = |mut present: Present| {
+        present.largest = Some(largest.clone());
+        present
+    };
+    let of = |memory: &str| {
+        let text = web("shared/web.raw").replace("64MiB", memory);
+        FileChange::write("vms/web.toml", text)
+    };
+    let (made, changed) = (sized(empty()), sized(with_web(Phase::Stopped).0));
+    for present in [&made, &changed] {
+        assert!(judge(present, &[of("128MiB")]).is_ok());
+        let refused = refusal(present, of("4GiB"));
+        assert_eq!(refused.code, Code::InvalidArgument);
+        for words in ["4GiB", "more than any node has", "n2", "200MiB"] {
+            assert!(refused.fault.reason.contains(words), "{refused:?}");
+        }
+    }
+    // It is too large since a node was lost: the rest of it can be changed still.
+    let small = Present {
+        largest: Some(Largest { memory_bytes: 64 << 20, ..largest.clone() }),
+        ..with_web(Phase::Stopped).0
+    };
+    let change = FileChange::write("vms/web.toml", web("shared/other.raw"));
+    assert!(judge(&small, &[change]).is_ok());
 }
 
 #[test]

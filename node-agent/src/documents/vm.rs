@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 
 use cluster::Txn;
 use proto::record::{DiskClaim, Phase, Placement, PoolKind, Requested};
-use proto::{Generation, Name, ValidatedVmSpec, VmId, VmSpec, keys, parse_image};
+use proto::{
+    ByteSize, Generation, Name, VM_OVERHEAD_BYTES, ValidatedVmSpec, VmId, VmSpec, keys,
+    parse_image, vm_needs_bytes,
+};
 use tonic::Code;
 
 use super::Refusal;
-use super::plan::{Choose, Plan, Present, extend};
+use super::plan::{Choose, Largest, Plan, Present, extend};
 use crate::storage::StorageError;
 use crate::store::{Versioned, giving_to, json};
 use crate::vms::{check_sharing, image_uses};
@@ -36,6 +39,9 @@ pub(super) fn write(
         return Ok(());
     }
     references(after, path, &spec)?;
+    if before.as_ref().is_none_or(|before| before.memory != spec.memory) {
+        size(present, path, &spec)?;
+    }
     match placement {
         None => create(plan, present, path, spec.clone(), choose)?,
         Some(placement) => {
@@ -209,6 +215,21 @@ fn claims(
         }
     }
     Ok(())
+}
+
+/// Some node could run it, were it empty. One that grew too large by the loss of a node may be
+/// changed in all else.
+fn size(present: &Present, path: &str, spec: &VmSpec) -> Result<(), Refusal> {
+    let too_small = |largest: &&Largest| largest.memory_bytes < vm_needs_bytes(spec.memory.0);
+    let Some(largest) = present.largest.as_ref().filter(too_small) else { return Ok(()) };
+    let reason = format!(
+        "memory = \"{}\", with {} for its process, is more than any node has: the largest, {}, has {} for VMs",
+        spec.memory,
+        ByteSize(VM_OVERHEAD_BYTES),
+        largest.node,
+        ByteSize(largest.memory_bytes >> 20 << 20)
+    );
+    Err(Refusal::new(path, Code::InvalidArgument, reason))
 }
 
 /// The pools and networks it names are there, and will do.

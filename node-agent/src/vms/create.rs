@@ -7,10 +7,7 @@ use ha_manager::{Mobility, Observations, VmView, check_start, place};
 use proto::record::{Phase, Placement, PoolRecord, Requested};
 use proto::v1::storage_client::StorageClient;
 use proto::v1::{CreateVmRequest, CreateVmResponse, ListImagesRequest};
-use proto::{
-    ByteSize, Generation, Name, NodeId, Revision, VM_OVERHEAD_BYTES, ValidatedVmSpec, VmId, VmSpec,
-    keys, vm_needs_bytes,
-};
+use proto::{Generation, Name, NodeId, Revision, ValidatedVmSpec, VmId, VmSpec, keys};
 use tonic::Status;
 
 use super::{image_uses, show, start};
@@ -87,18 +84,6 @@ pub(crate) fn choose(
     spec: &VmSpec,
     wanted: &str,
 ) -> Result<NodeId, Status> {
-    let nodes = || snapshot.state.nodes.values().map(|view| &view.record);
-    if let Some(largest) = nodes().max_by_key(|record| record.memory_bytes)
-        && largest.memory_bytes < vm_needs_bytes(spec.memory.0)
-    {
-        return Err(Status::invalid_argument(format!(
-            "memory = \"{}\", with {} for its process, is more than any node has: the largest, {}, has {} for VMs",
-            spec.memory,
-            ByteSize(VM_OVERHEAD_BYTES),
-            largest.name,
-            ByteSize(largest.memory_bytes >> 20 << 20)
-        )));
-    }
     if wanted.is_empty() {
         let nowhere = nowhere(spec);
         return place(&snapshot.state, observations, &snapshot.policy, &spec.name, &nowhere, false)

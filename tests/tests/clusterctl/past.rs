@@ -28,6 +28,9 @@ fn a_document_is_set_compared_and_brought_back() {
     assert_eq!(node.last_change("vms/web"), second);
     node.ctl(&["config", "set", "vms/web", "cpus=0"]).refused(2, &["vms/web.toml:3:8", "cpus"]);
 
+    let huge = ["config", "set", "vms/web", "memory=8TiB"];
+    node.ctl(&huge).refused(2, &["more than any node has", "n1"]);
+
     // What differs: from what it was, from what it is, from a file.
     let diff = node.ctl(&["config", "diff", &format!("vms/web@{first}..{second}")]).good();
     assert!(diff.contains("-memory = \"64MiB\"\n+memory = \"2GiB\"\n"), "{diff}");
