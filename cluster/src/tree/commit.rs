@@ -79,7 +79,10 @@ impl Tree {
         tracing::info!(%refused, "a change in the mounted tree was refused");
         match &refused {
             FileRefused::Invalid { path, .. } => {
-                let reason = refused.to_string();
+                let reason = match self.removed_at(path) {
+                    Some(revision) => format!("{refused}\n\n{}", removed_before(path, revision)),
+                    None => refused.to_string(),
+                };
                 self.change(|names| ((), names.note(path, &reason)));
                 Errno::EINVAL
             }
@@ -92,6 +95,13 @@ impl Tree {
             FileRefused::Busy(_) if self.source.node().db().disk_low() => Errno::ENOSPC,
             FileRefused::Busy(_) => Errno::EBUSY,
         }
+    }
+
+    /// The revision that removed a file that is not there, if that was not long ago.
+    fn removed_at(&self, path: &str) -> Option<u64> {
+        let state = self.lock();
+        let last = state.log.iter().rev().find(|line| line.path == path)?;
+        last.removed.then_some(last.revision)
     }
 
     /// As [`Tree::errno`], where one file is written: who may not write it, finds no room, or cannot
@@ -122,6 +132,17 @@ impl Tree {
             None => format!("uid {} on {node}", caller.uid),
         }
     }
+}
+
+/// What else is said of a document that was refused, where the one before it is gone: `mv` and
+/// `install` from another file system remove that first.
+fn removed_before(path: &str, revision: u64) -> String {
+    format!(
+        "{path} was removed before, in revision {revision}, as `mv` and `install` from another file \
+         system do: there is none now. Its content from before comes back with `clusterctl config \
+         rollback {path} --to {}`",
+        revision.saturating_sub(1)
+    )
 }
 
 /// What is said beside a file, of what an error's number does not tell.

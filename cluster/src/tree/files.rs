@@ -51,6 +51,9 @@ impl Tree {
         opening: Opening,
         caller: Caller,
     ) -> Result<u64, Errno> {
+        if self.lock().names.get(inode)?.tells_of_quorum() {
+            self.quorum.ask(&self.source).await;
+        }
         let path = {
             let mut state = self.lock();
             let path = state.names.path(inode).unwrap_or_default();

@@ -49,7 +49,7 @@ impl Tree {
     pub(super) fn generate(&self, state: &State, generated: &Generated) -> Vec<u8> {
         let cluster = &self.cluster;
         match generated {
-            Generated::Members => members(cluster, !self.quorum.is_lost()),
+            Generated::Members => members(cluster, !self.quorum.seems_lost()),
             Generated::Vms => vms(state, &cluster.members()),
             Generated::Version => json(&Version {
                 version: env!("CARGO_PKG_VERSION"),

@@ -136,6 +136,11 @@ impl Inode {
     pub(super) fn is_note(&self) -> bool {
         matches!(self.body, Body::Generated(Generated::Note(_)))
     }
+
+    /// Whether what it says depends on the quorum.
+    pub(super) fn tells_of_quorum(&self) -> bool {
+        matches!(self.body, Body::Generated(Generated::Members))
+    }
 }
 
 impl File {

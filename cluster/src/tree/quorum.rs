@@ -27,11 +27,29 @@ const SILENT_LEADER: Duration = Duration::from_millis(1500);
 #[derive(Debug, Clone, Default)]
 pub(super) struct Quorum {
     lost: Arc<AtomicBool>,
+    /// It did not answer when it was asked last, for somebody who only looks.
+    unheard: Arc<AtomicBool>,
 }
 
 impl Quorum {
     pub(super) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::SeqCst)
+    }
+
+    /// For those who only look: as it was when it was asked last, or is known since.
+    pub(super) fn seems_lost(&self) -> bool {
+        self.is_lost() || self.unheard.load(Ordering::SeqCst)
+    }
+
+    /// Asks, as `cluster status` does and with its patience: a follower whose leader says nothing
+    /// knows of no loss by itself. No write is refused for it: one finds out in its own time.
+    pub(super) async fn ask(&self, source: &Source) {
+        if self.is_lost() {
+            return;
+        }
+        let patience = source.node().config().request_timeout / 2;
+        let heard = matches!(tokio::time::timeout(patience, source.quorum()).await, Ok(Ok(())));
+        self.unheard.store(!heard, Ordering::SeqCst);
     }
 
     /// A write found none.
@@ -82,6 +100,7 @@ impl Quorum {
                     && matches!(tokio::time::timeout(ANSWER, source.quorum()).await, Ok(Ok(())))
                 {
                     self.lost.store(false, Ordering::SeqCst);
+                    self.unheard.store(false, Ordering::SeqCst);
                     tracing::info!("there is a quorum again: the mounted tree can be written");
                 }
             }

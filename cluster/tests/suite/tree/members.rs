@@ -214,6 +214,32 @@ fn without_quorum_reads_go_on_and_writes_fail_within_a_second() -> Outcome {
 }
 
 #[test]
+fn a_lost_quorum_is_told_to_who_only_looks() -> Outcome {
+    if !can_mount("a_lost_quorum_is_told_to_who_only_looks") {
+        return Ok(());
+    }
+    let mut tree = Mounted::new(3)?;
+    let survivor = (tree.lab.leader()? + 1) % 3;
+    let quorum = |tree: &Mounted| -> Outcome<bool> {
+        let members: serde_json::Value =
+            serde_json::from_slice(&fs::read(tree.at(survivor, ".members"))?)?;
+        members["quorum"].as_bool().ok_or_else(|| "no word of it".into())
+    };
+    assert!(quorum(&tree)?);
+    for other in (0..3).filter(|other| *other != survivor) {
+        tree.unmount(other);
+        tree.lab.nodes[other].kill();
+    }
+    // At the first look, and nobody has tried to write.
+    assert!(!quorum(&tree)?);
+    for other in (0..3).filter(|other| *other != survivor) {
+        tree.lab.nodes[other].start()?;
+    }
+    wait("it is there again", || quorum(&tree).is_ok_and(|quorum| quorum));
+    Ok(())
+}
+
+#[test]
 fn a_new_leader_is_waited_for_where_it_comes_in_time() -> Outcome {
     if !can_mount("a_new_leader_is_waited_for_where_it_comes_in_time") {
         return Ok(());

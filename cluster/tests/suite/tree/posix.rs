@@ -512,8 +512,19 @@ fn a_refused_document_fails_close_and_fsync_and_says_why_beside_it() -> Outcome 
     assert_eq!(failure(fs::rename(tree.path("vms/sedAbC"), &path)), Errno::EBADMSG);
     assert_eq!(fs::read(&path)?, b"better");
     assert!(note.exists() && tree.path("vms/sedAbC").exists());
+    assert!(!fs::read_to_string(&note)?.contains("removed before"));
+    // As `mv` from another file system does.
     fs::remove_file(&path)?;
     assert!(!note.exists());
+    assert_eq!(write(&path, b"BAD"), Err(Errno::EINVAL));
+    let removed = fs::read_to_string(&note)?;
+    for words in ["line 1", "vms/web.toml was removed before", "config rollback vms/web.toml --to"]
+    {
+        assert!(removed.contains(words), "{removed}");
+    }
+    write(&path, b"good")?;
+    assert_eq!(write(&path, b"BAD"), Err(Errno::EINVAL));
+    assert!(!fs::read_to_string(&note)?.contains("removed before"));
     Ok(())
 }
 
