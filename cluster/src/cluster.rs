@@ -371,9 +371,14 @@ impl Cluster {
     /// showed that are cut.
     ///
     /// # Errors
-    /// [`MembershipError`]; `Invalid` where a node still needs it.
-    pub async fn finish_ca_rotation(&self, by: &str) -> Result<v1::CaStatus, MembershipError> {
-        authority::rotation::finish(&self.node, by).await
+    /// [`MembershipError`]; `Invalid` where a node still needs it, without `force`
+    /// `NoAdministratorLeft` where all administrators by documents do.
+    pub async fn finish_ca_rotation(
+        &self,
+        by: &str,
+        force: bool,
+    ) -> Result<v1::CaStatus, MembershipError> {
+        authority::rotation::finish(&self.node, by, force).await
     }
     /// Which CA signs, and how far its rotation is.
     ///

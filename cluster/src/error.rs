@@ -333,6 +333,13 @@ pub enum MembershipError {
         "`{0}` would be without a certificate, and no other administrator (access/NAME.toml) has one: give somebody else who has a certificate the role first (`clusterctl config set access/NAME role=admin`), or, on a node as root, make `{0}` another certificate (`clusterctl context create-admin NAME --client-name {0}`) and revoke the old one by its serial number"
     )]
     LastAdministrator(String),
+    /// Nobody would be let in any more who may do what an administrator may.
+    #[error(
+        "no administrator (access/NAME.toml) has a certificate of the CA that stays, and nobody could administer but root on a node: {names} first has to get one, by `clusterctl context renew` where the context is or, on a node as root, by `clusterctl context create-admin NAME --client-name {first}`; or go on without, with --force",
+        names = .0.join(", "),
+        first = .0.first().map_or("NAME", String::as_str)
+    )]
+    NoAdministratorLeft(Vec<String>),
     /// A node goes on with the certificate that it has.
     #[error("the node did not get a new certificate: {0}; it goes on with the one that it has")]
     NotRenewed(String),

@@ -46,6 +46,7 @@ impl From<MembershipError> for Status {
             | MembershipError::LastNode(_)
             | MembershipError::OwnsVms { .. }
             | MembershipError::LastAdministrator(_)
+            | MembershipError::NoAdministratorLeft(_)
             | MembershipError::Itself(_) => Self::failed_precondition(text),
             MembershipError::Invalid(_) => Self::invalid_argument(text),
             MembershipError::Timeout(_) => Self::deadline_exceeded(text),

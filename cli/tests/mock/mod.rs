@@ -448,6 +448,7 @@ impl v1::membership_server::Membership for Agent {
                 ca.waiting_for = vec!["node3 (does not trust the new CA yet)".to_owned()];
             }
             (true, "renewed") => *ca = v1::CaStatus::default(),
+            (true, "stable") => {}
             (true, _) => return Err(Status::invalid_argument("it waits for node3")),
         }
         Ok(Response::new(ca.clone()))

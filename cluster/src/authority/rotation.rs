@@ -24,7 +24,7 @@ use proto::record::{CertificateHolder, CertificateRecord};
 use proto::{NodeId, Revision, keys, v1};
 
 use super::{Before, CA_KEY, CaRecord, OwnCopy, Rotation, Signer, read, signer};
-use crate::certificates;
+use crate::certificates::{self, Administration, Known};
 use crate::identity::{Ca, SealedCa, dates, fingerprint, key_id};
 use crate::membership::{from_json, to_json, unix_now_s};
 use crate::node::Node;
@@ -88,8 +88,12 @@ pub(crate) async fn advance(node: &Node, own: &OwnCopy) -> Result<(), StoreError
     Ok(())
 }
 
-/// Ends a rotation.
-pub(crate) async fn finish(node: &Node, by: &str) -> Result<v1::CaStatus, MembershipError> {
+/// Ends a rotation. Unless it is forced, an administrator keeps a certificate that lets him in.
+pub(crate) async fn finish(
+    node: &Node,
+    by: &str,
+    force: bool,
+) -> Result<v1::CaStatus, MembershipError> {
     for _ in 0..ATTEMPTS {
         let (record, revision) = read(node, Consistency::Linearizable).await?;
         let waiting = match record.rotation {
@@ -110,8 +114,14 @@ pub(crate) async fn finish(node: &Node, by: &str) -> Result<v1::CaStatus, Member
                 phase(&record)
             )));
         }
+        let administration = Administration::read(node).await?;
+        if !force {
+            let known = certificates::all(node, Consistency::Linearizable).await?;
+            administration.with_only(&record.signer_key_id(), &known, unix_now_s())?;
+        }
         let ended = CaRecord { present: record.present, rotation: None };
-        let mut txn = Txn::new().by(by).if_revision(CA_KEY, revision);
+        // Compared with revocations and changes of roles, which leave one administrator as well.
+        let mut txn = administration.compared(Txn::new().by(by).if_revision(CA_KEY, revision))?;
         txn = txn.put(CA_KEY, to_json(&ended)?);
         for kv in node.range(keys::CA_TRUST, "", 0, Consistency::Linearizable, false).await?.kvs {
             txn = txn.delete(kv.key);
@@ -217,31 +227,34 @@ pub(crate) async fn status(
     })
 }
 
-/// The clients that have a good certificate of the previous CA, and none of the one that signs.
+/// The clients that have a good certificate of the CA that goes, and none of the one that stays.
 async fn clients(node: &Node, record: &CaRecord) -> Result<Vec<String>, StoreError> {
-    let Some(Rotation::Renewing(before) | Rotation::Renewed(before)) = &record.rotation else {
-        return Ok(Vec::new());
-    };
-    let previous = key_id(&before.previous_pem).unwrap_or_default();
-    let now_unix_s = unix_now_s();
-    let (mut old, mut new) = (BTreeSet::new(), BTreeSet::new());
-    for known in certificates::all(node, Consistency::Stale).await? {
-        let CertificateRecord { holder, expires_unix_s, revoked: None, authority, .. } =
-            known.record
-        else {
-            continue;
-        };
-        if let CertificateHolder::Client(name) = holder
-            && expires_unix_s > now_unix_s
-        {
-            if authority == previous {
-                old.insert(name)
-            } else {
-                new.insert(name)
-            };
+    let present = &record.present.certificate_pem;
+    let (goes, stays) = match &record.rotation {
+        None => return Ok(Vec::new()),
+        Some(Rotation::Trusting { next, .. }) => (present, &next.certificate_pem),
+        Some(Rotation::Renewing(before) | Rotation::Renewed(before)) => {
+            (&before.previous_pem, present)
         }
-    }
-    Ok(old.difference(&new).cloned().collect())
+    };
+    let (goes, stays) = (key_id(goes).unwrap_or_default(), key_id(stays).unwrap_or_default());
+    let known = certificates::all(node, Consistency::Stale).await?;
+    let of = |authority: &str| holders(&known, authority, unix_now_s());
+    Ok(of(&goes).difference(&of(&stays)).cloned().collect())
+}
+
+/// The clients with a good certificate of a CA.
+fn holders(known: &[Known], authority: &str, now_unix_s: u64) -> BTreeSet<String> {
+    let of = known.iter().map(|known| &known.record).filter(|record| {
+        record.revoked.is_none()
+            && record.expires_unix_s > now_unix_s
+            && record.authority == authority
+    });
+    let name = |record: &CertificateRecord| match &record.holder {
+        CertificateHolder::Client(name) => Some(name.clone()),
+        CertificateHolder::Node(_) => None,
+    };
+    of.filter_map(name).collect()
 }
 
 /// For the cluster's status: how far a rotation is, while there is one.

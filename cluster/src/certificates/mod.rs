@@ -35,7 +35,7 @@ use crate::{Consistency, KeyValue, StoreError, Txn};
 
 pub(crate) use issue::{issue_client, issue_next};
 pub(crate) use list::{clients, list, shown_own};
-pub(crate) use revoke::revoke;
+pub(crate) use revoke::{Administration, revoke};
 
 /// Records that one transaction forgets.
 const FORGET_MAX: usize = 100;

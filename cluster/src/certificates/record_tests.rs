@@ -146,7 +146,7 @@ async fn what_the_ca_before_signed_counts_where_it_is_recorded_alone() -> Outcom
         own_copy(node.db()).is_ok_and(|own| own.is_some_and(|own| own.record.is_renewed()))
     })
     .await?;
-    cluster.finish_ca_rotation("root").await?;
+    cluster.finish_ca_rotation("root", false).await?;
     until("it is dropped", || {
         shown(&cluster, &forged[0], &[&old]).is_ok_and(|of| of == Some(Refusal::Untrusted))
     })

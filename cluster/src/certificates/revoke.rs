@@ -79,7 +79,7 @@ pub(crate) async fn revoke(
 /// Who administers by the documents under `access/`, and the revision of the record that every change
 /// of that compares and writes.
 #[derive(Debug)]
-struct Administration {
+pub(crate) struct Administration {
     administrators: BTreeSet<Name>,
     /// The CAs whose certificates let somebody in, by the identifiers of their keys.
     authorities: BTreeSet<String>,
@@ -87,7 +87,7 @@ struct Administration {
 }
 
 impl Administration {
-    async fn read(node: &Node) -> Result<Self, StoreError> {
+    pub(crate) async fn read(node: &Node) -> Result<Self, StoreError> {
         // Before the documents: a change between the two reads makes the transaction come to nothing.
         let (record, _) = node.get(keys::ADMINISTRATION, Consistency::Linearizable).await?;
         let files = node.range(keys::ACCESS, "", 0, Consistency::Stale, false).await?.kvs;
@@ -108,31 +108,54 @@ impl Administration {
         chosen: &[&Known],
         now_unix_s: u64,
     ) -> Result<(), MembershipError> {
-        let administrator = |of: &Known| match &of.record.holder {
-            CertificateHolder::Client(name) => {
-                self.administrators.iter().any(|known| known.as_str() == name).then(|| name.clone())
-            }
-            CertificateHolder::Node(_) => None,
-        };
-        let is_good = |of: &&Known| {
-            let record = &of.record;
-            record.revoked.is_none()
-                && record.expires_unix_s > now_unix_s
-                && self.authorities.contains(&record.authority)
-                && administrator(of).is_some()
-        };
         let goes = |of: &Known| chosen.iter().any(|chosen| chosen.serial == of.serial);
-        let lost = known.iter().filter(is_good).find(|of| goes(of)).and_then(administrator);
-        match lost {
-            Some(lost) if !known.iter().filter(is_good).any(|of| !goes(of)) => {
-                Err(MembershipError::LastAdministrator(lost))
+        let good = || self.good(known, now_unix_s);
+        match good().find(|(of, _)| goes(of)) {
+            Some((_, lost)) if !good().any(|(of, _)| !goes(of)) => {
+                Err(MembershipError::LastAdministrator(lost.to_string()))
             }
             _ => Ok(()),
         }
     }
 
+    /// An error where certificates of all CAs but one would count no more, and none of an
+    /// administrator is of that one.
+    pub(crate) fn with_only(
+        &self,
+        authority: &str,
+        known: &[Known],
+        now_unix_s: u64,
+    ) -> Result<(), MembershipError> {
+        let good = || self.good(known, now_unix_s);
+        if good().any(|(of, _)| of.record.authority == authority) {
+            return Ok(());
+        }
+        let lost: BTreeSet<String> = good().map(|(_, name)| name.to_string()).collect();
+        match lost.is_empty() {
+            true => Ok(()),
+            false => Err(MembershipError::NoAdministratorLeft(lost.into_iter().collect())),
+        }
+    }
+
+    /// The certificates that let an administrator in now, with his name.
+    fn good<'a>(
+        &'a self,
+        known: &'a [Known],
+        now_unix_s: u64,
+    ) -> impl Iterator<Item = (&'a Known, &'a Name)> {
+        known.iter().filter_map(move |of| {
+            let record = &of.record;
+            let good = record.revoked.is_none()
+                && record.expires_unix_s > now_unix_s
+                && self.authorities.contains(&record.authority);
+            let CertificateHolder::Client(name) = &record.holder else { return None };
+            let administrator = self.administrators.iter().find(|known| known.as_str() == name)?;
+            good.then_some((of, administrator))
+        })
+    }
+
     /// Of two changes that each leave one, one is judged again.
-    fn compared(&self, txn: Txn) -> Result<Txn, StoreError> {
+    pub(crate) fn compared(&self, txn: Txn) -> Result<Txn, StoreError> {
         let administrators = self.administrators.iter().cloned().collect();
         let record = to_json(&AdministrationRecord { administrators })?;
         let key = keys::ADMINISTRATION;
@@ -201,6 +224,37 @@ mod tests {
         assert_eq!(judged(&["bob"], &[3]), Ok(()));
         assert!(judged(&["ann", "zeb"], &[0, 1]).is_err(), "zeb cannot come in");
         assert_eq!(judged(&["zeb"], &[5]), Ok(()));
+    }
+
+    #[test]
+    fn an_administrator_has_a_certificate_of_the_ca_that_stays() {
+        let of = |serial: &str, name: &str, authority: &str| {
+            let mut one = known(serial, CertificateHolder::Client(name.to_owned()), NOW);
+            one.record.authority = authority.to_owned();
+            one
+        };
+        let judged = |administrators: &[&str], known: &[Known]| {
+            let administration = Administration {
+                administrators: administrators.iter().map(|name| name.parse().unwrap()).collect(),
+                authorities: ["old".to_owned(), "new".to_owned()].into(),
+                revision: Revision(0),
+            };
+            administration.with_only("new", known, NOW).map_err(|error| error.to_string())
+        };
+        let mut all = vec![of("a1", "ann", "old"), of("b1", "bob", "old"), of("o1", "olga", "new")];
+        // Of the CA before that: it lets nobody in, as it is.
+        all.push(of("a0", "ann", "older"));
+        let refused = judged(&["ann", "bob"], &all).unwrap_err();
+        for words in ["ann, bob", "context renew", "--force"] {
+            assert!(refused.contains(words), "{refused}");
+        }
+        // Without documents, or administrators that come in, there is nobody to lose.
+        assert_eq!(judged(&[], &all), Ok(()));
+        assert_eq!(judged(&["zoe"], &all), Ok(()));
+        // One is enough.
+        all.push(of("b2", "bob", "new"));
+        assert_eq!(judged(&["ann", "bob"], &all), Ok(()));
+        assert!(judged(&["ann"], &all).is_err());
     }
 
     #[test]

@@ -145,7 +145,8 @@ fn the_ca_is_replaced_while_clients_write_and_leaders_die() -> Outcome {
     let found = waits(&lab, 0, "renewing", &[&held_name])?;
     assert_eq!(found.other_fingerprint, first.fingerprint);
     assert!(is_served(&lab, &ann, &old_ca)?, "who trusts the old CA alone is locked out");
-    let early_to_end = lab.nodes[0].run(|c| async move { c.finish_ca_rotation("root").await })?;
+    let early_to_end =
+        lab.nodes[0].run(|c| async move { c.finish_ca_rotation("root", false).await })?;
     let text = early_to_end.err().ok_or("a node was locked out")?.to_string();
     assert!(text.contains(&held_name) && text.contains("renewing"), "{text}");
     // It shows the old one's, and knows which one counts from now on: a token that it makes lets a
@@ -174,7 +175,8 @@ fn the_ca_is_replaced_while_clients_write_and_leaders_die() -> Outcome {
     lab.nodes.push(fourth);
     assert_eq!(waits(&lab, 3, "renewed", &[])?.clients, ["ann"]);
 
-    let ended = lab.nodes[1].run(|c| async move { c.finish_ca_rotation("root").await })??;
+    let ended =
+        lab.nodes[1].run(|c| async move { c.finish_ca_rotation("root", false).await })??;
     assert_eq!((ended.phase.as_str(), ended.clients.len()), ("stable", 0));
     assert_ne!(ended.fingerprint, first.fingerprint);
     assert!(client.block_on(hangs_up(&mut open)), "an open connection was left to the old CA's");
@@ -196,7 +198,8 @@ fn the_ca_is_replaced_while_clients_write_and_leaders_die() -> Outcome {
     assert!(is_served(&lab, &bob, &new_ca)?);
     let of_ann = list(&lab, 0)?.into_iter().find(|one| one.name == "ann").ok_or("not listed")?;
     assert_eq!(of_ann.state, "untrusted");
-    let again = lab.nodes[0].run(|c| async move { c.finish_ca_rotation("root").await })??;
+    let again =
+        lab.nodes[0].run(|c| async move { c.finish_ca_rotation("root", false).await })??;
     assert_eq!(again.phase, "stable");
 
     leader_dies(&mut lab, &mut writers)?;
@@ -216,13 +219,16 @@ fn the_ca_is_replaced_while_clients_write_and_leaders_die() -> Outcome {
 #[test]
 fn a_member_that_is_down_holds_a_rotation_up_until_it_is_removed() -> Outcome {
     let mut lab = Lab::new(3)?;
+    // Of the first CA; good by its dates for long after that is gone.
+    papers(&lab, "ann")?;
     let down = (lab.leader()? + 1) % 3;
     let asked = (down + 1) % 3;
     let name = lab.nodes[down].name.clone();
     lab.nodes[down].kill();
     lab.nodes[asked].run(|c| async move { c.rotate_ca("root").await })??;
     waits(&lab, asked, "trusting", &[&name])?;
-    let refused = lab.nodes[asked].run(|c| async move { c.finish_ca_rotation("root").await })?;
+    let refused =
+        lab.nodes[asked].run(|c| async move { c.finish_ca_rotation("root", false).await })?;
     let Err(error @ MembershipError::Invalid(_)) = refused else {
         return Err(format!("{refused:?}").into());
     };
@@ -230,15 +236,33 @@ fn a_member_that_is_down_holds_a_rotation_up_until_it_is_removed() -> Outcome {
     assert!(text.contains(&name) && text.contains("cluster remove"), "{text}");
     lab.nodes[asked].run(move |c| async move { c.remove_node(&name).await })??;
     waits(&lab, asked, "renewed", &[])?;
-    let ended = lab.nodes[asked].run(|c| async move { c.finish_ca_rotation("root").await })??;
+    let ended =
+        lab.nodes[asked].run(|c| async move { c.finish_ca_rotation("root", false).await })??;
     assert_eq!(ended.phase, "stable");
     // What was its place is free: with what the old CA signed nobody comes in.
     let mut node = TestNode::new(&lab.folder().join("again"), "n4")?;
     node.join(&lab.token(asked)?)?;
-    // One rotation after the other.
+    // One rotation after the other. Who got a certificate of each CA needs another one still.
+    papers(&lab, "ann")?;
     let second = lab.nodes[asked].run(|c| async move { c.rotate_ca("root").await })??;
     assert_ne!(second.phase, "stable");
+    assert_eq!(waits(&lab, asked, "renewed", &[])?.clients, ["ann"]);
+    // The only administrator.
+    let document = Txn::new().put("access/ann.toml", "role = \"admin\"\n");
+    lab.nodes[asked].run(|c| async move { c.txn(document).await })??;
+    let refused =
+        lab.nodes[asked].run(|c| async move { c.finish_ca_rotation("root", false).await })?;
+    assert!(
+        matches!(&refused, Err(MembershipError::NoAdministratorLeft(names)) if names == &["ann"]),
+        "{refused:?}"
+    );
+    assert_eq!(status(&lab, asked)?.phase, "renewed");
+    papers(&lab, "ann")?;
+    assert!(status(&lab, asked)?.clients.is_empty());
+    node.run(|c| async move { c.finish_ca_rotation("root", false).await })??;
+    // Against a person's better knowledge.
+    lab.nodes[asked].run(|c| async move { c.rotate_ca("root").await })??;
     waits(&lab, asked, "renewed", &[])?;
-    node.run(|c| async move { c.finish_ca_rotation("root").await })??;
+    node.run(|c| async move { c.finish_ca_rotation("root", true).await })??;
     Ok(())
 }

@@ -368,9 +368,10 @@ impl Membership for MembershipService {
         request: Request<RotateCaRequest>,
     ) -> Result<Response<CaStatus>, Status> {
         let (node, caller) = (self.api.node()?, Caller::of(&request)?);
-        let status = match request.into_inner().finish {
+        let RotateCaRequest { finish, force } = request.into_inner();
+        let status = match finish {
             false => node.cluster().rotate_ca(&caller.user).await?,
-            true => node.cluster().finish_ca_rotation(&caller.user).await?,
+            true => node.cluster().finish_ca_rotation(&caller.user, force).await?,
         };
         Ok(Response::new(status))
     }

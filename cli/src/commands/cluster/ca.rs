@@ -48,6 +48,9 @@ pub(crate) enum Command {
         /// End it: what the old CA signed is refused from now on
         #[arg(long)]
         finish: bool,
+        /// With --finish: also where no administrator's certificate would be let in any more
+        #[arg(long, requires = "finish")]
+        force: bool,
         /// Do not ask
         #[arg(long)]
         yes: bool,
@@ -59,8 +62,10 @@ pub(super) async fn run(session: &Session, command: Command) -> Result<(), Failu
     let status = look(session, &mut client).await?;
     match command {
         Command::Status => print(session, &status),
-        Command::Rotate { finish: true, yes } => finish(session, client, &status, yes).await,
-        Command::Rotate { finish: false, yes } => rotate(session, client, &status, yes).await,
+        Command::Rotate { finish: true, force, yes } => {
+            finish(session, client, &status, Finish { force, yes }).await
+        }
+        Command::Rotate { finish: false, yes, .. } => rotate(session, client, &status, yes).await,
     }
 }
 
@@ -82,7 +87,7 @@ async fn rotate(
         let text = "The cluster gets a new CA, and all nodes certificates of it. Clients keep working, and need a\nnew certificate (`clusterctl context renew`) before you end it with --finish.";
         confirmed(text, "rotate").await?;
     }
-    let begun = client.rotate_ca(v1::RotateCaRequest { finish: false });
+    let begun = client.rotate_ca(v1::RotateCaRequest::default());
     let mut status = session.call("rotate the CA", begun).await?;
     if session.global.no_wait {
         return print(session, &status);
@@ -116,25 +121,45 @@ async fn rotate(
     print(session, &status)
 }
 
+/// How a rotation is ended.
+struct Finish {
+    force: bool,
+    yes: bool,
+}
+
 async fn finish(
     session: &Session,
     mut client: MembershipClient<Channel>,
     before: &v1::CaStatus,
-    yes: bool,
+    how: Finish,
 ) -> Result<(), Failure> {
-    if before.phase == "renewed" && !yes {
-        let clients = match before.clients.as_slice() {
-            [] => "No client needs it any more, as far as the cluster knows.".to_owned(),
-            clients => format!(
-                "These clients have no certificate of the new one, and WILL BE LOCKED OUT: {}.",
-                clients.join(", ")
-            ),
-        };
-        confirmed(&format!("The old CA is trusted no more.\n{clients}"), "finish").await?;
+    match before.phase.as_str() {
+        "stable" => eprintln!("no rotation of the CA is under way: there is nothing to finish"),
+        "renewed" => {
+            let text = format!("The old CA is trusted no more.\n{}", locked_out(&before.clients));
+            if how.yes {
+                eprintln!("{text}");
+            } else {
+                confirmed(&text, "finish").await?;
+            }
+        }
+        // Refused over there, with the reason.
+        _ => {}
     }
-    let ended = client.rotate_ca(v1::RotateCaRequest { finish: true });
+    let ended = client.rotate_ca(v1::RotateCaRequest { finish: true, force: how.force });
     let ended = session.call("end the rotation of the CA", ended).await?;
     print(session, &ended)
+}
+
+/// Whom the end of a rotation locks out.
+fn locked_out(clients: &[String]) -> String {
+    match clients {
+        [] => "No client needs it any more, as far as the cluster knows.".to_owned(),
+        clients => format!(
+            "These clients have no certificate of the new one, and WILL BE LOCKED OUT: {}.",
+            clients.join(", ")
+        ),
+    }
 }
 
 /// Refused where a person does not type the word.
@@ -185,6 +210,9 @@ fn table(status: &v1::CaStatus) -> String {
     };
     let clients = match status.clients.as_slice() {
         [] => String::new(),
+        clients if status.phase == "trusting" => {
+            format!("{} (to be renewed once the new CA signs)", clients.join(", "))
+        }
         clients => {
             format!("{} (to be renewed: `clusterctl context renew`)", clients.join(", "))
         }
