@@ -194,7 +194,14 @@ fn explain(status: &Status) -> String {
         }
         cause = error.source();
     }
-    if text.is_empty() { format!("the node answered {:?}", status.code()) } else { text }
+    match text.as_str() {
+        "" => format!("the node answered {:?}", status.code()),
+        // The protocol's own words name no cause.
+        words if status.source().is_some() && words.contains("http2 error") => {
+            format!("the node stopped answering, or the way to it broke ({words})")
+        }
+        _ => text,
+    }
 }
 
 /// The TLS alert that ended the connection, if that is what happened.
@@ -252,6 +259,9 @@ mod tests {
         let failure = Failure::status("list nodes", &Status::from_error(Box::new(io)));
         assert_eq!(failure.exit, Exit::Unreachable, "{failure}");
         assert!(failure.to_string().contains("pulled out"));
+        let h2 = std::io::Error::other("http2 error");
+        let failure = Failure::status("list nodes", &Status::from_error(Box::new(h2)));
+        assert!(failure.to_string().contains("stopped answering"), "{failure}");
         assert_eq!(Failure::status("x", &Status::unknown("y")).exit, Exit::Failed);
     }
 

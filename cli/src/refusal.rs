@@ -2,6 +2,7 @@
 //! it, as compilers do.
 
 use proto::v1::Refusal;
+use tonic::Code;
 
 use crate::failure::{Exit, Failure};
 
@@ -48,6 +49,12 @@ pub(crate) fn is_conflict(refusals: &[Refusal]) -> bool {
     refusals.iter().any(|refusal| refusal.present_revision.is_some())
 }
 
+/// Whether nothing is wrong with the document itself: it cannot be written as things are (the VM runs).
+fn is_of_the_moment(refusal: &Refusal) -> bool {
+    let code = i32::try_from(refusal.code).map_or(Code::Unknown, Code::from);
+    matches!(code, Code::FailedPrecondition | Code::PermissionDenied)
+}
+
 /// A commit that was refused, as the command's failure. `file_of` says what the person calls the
 /// file of a key, and its text.
 pub(crate) fn failure<'a>(
@@ -69,7 +76,8 @@ pub(crate) fn failure<'a>(
             .why(why)
             .remedy("somebody else changed it at the same time: look again, then try again");
     }
-    Failure::new(Exit::Usage, format!("cannot {what}")).why(why)
+    let exit = if refusals.iter().all(is_of_the_moment) { Exit::Refused } else { Exit::Usage };
+    Failure::new(exit, format!("cannot {what}")).why(why)
 }
 
 #[cfg(test)]
@@ -78,7 +86,7 @@ mod tests {
 
     fn refusal(line: u32, column: u32, reason: &str) -> Refusal {
         let path = "vms/web.toml".to_owned();
-        Refusal { path, reason: reason.to_owned(), line, column, present_revision: None }
+        Refusal { path, reason: reason.to_owned(), line, column, ..Refusal::default() }
     }
 
     #[test]
@@ -123,5 +131,13 @@ mod tests {
         assert_eq!(failure("x", &[conflict.clone()], file_of).exit, Exit::Usage);
         conflict.present_revision = Some(7);
         assert_eq!(failure("x", &[conflict], file_of).exit, Exit::Refused);
+        let of = |code: Code| Refusal {
+            code: u32::try_from(i32::from(code)).unwrap(),
+            ..refusal(0, 0, "the VM is started")
+        };
+        let (runs, wrong) = (of(Code::FailedPrecondition), of(Code::InvalidArgument));
+        assert_eq!(failure("x", std::slice::from_ref(&runs), file_of).exit, Exit::Refused);
+        assert_eq!(failure("x", std::slice::from_ref(&wrong), file_of).exit, Exit::Usage);
+        assert_eq!(failure("x", &[runs, wrong], file_of).exit, Exit::Usage, "mend that first");
     }
 }

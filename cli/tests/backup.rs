@@ -65,6 +65,12 @@ fn the_file_is_what_was_sent_and_for_its_owner_alone() {
     let again = run(&mock, &["prod.hfb"]);
     assert_eq!(again.exit, Some(4), "{again:?}");
     assert!(again.stderr.contains("--force"), "{again:?}");
+    let ran = run(&mock, &["none/prod.hfb"]);
+    assert_eq!(ran.exit, Some(3), "{ran:?}");
+    assert!(
+        ran.stderr.contains("no folder none") && ran.stderr.contains("mkdir -p none"),
+        "{ran:?}"
+    );
     *mock.agent.0.backup.lock().unwrap() = (backup(1), BackupEnd::Ends);
     let forced = run(&mock, &["prod.hfb", "--force", "-o", "json"]);
     assert_eq!(forced.exit, Some(0), "{forced:?}");

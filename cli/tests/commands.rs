@@ -20,6 +20,8 @@ fn a_list_as_table_json_and_yaml() {
     );
     assert!(lines[1].contains("512 MiB"));
     assert_eq!(mock.run(&["vm", "ls"]).stdout, table.stdout);
+    let (short, long) = (mock.run(&["node", "ls"]), mock.run(&["node", "list"]));
+    assert_eq!((short.exit, short.stderr), (long.exit, long.stderr));
     let json = mock.run(&["-o", "json", "vm", "list"]);
     let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
     assert_eq!(json["vms"][1]["name"], "database");

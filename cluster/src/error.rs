@@ -18,9 +18,7 @@ pub enum StoreError {
     },
     /// The transaction may or may not have been written. Ask again with the same client and
     /// sequence to learn which.
-    #[error(
-        "the outcome is unknown: {why}; repeat the request with the same client and sequence to learn it"
-    )]
+    #[error("the outcome is unknown: {why}; look whether it was done before you repeat it")]
     UnknownOutcome {
         /// What was tried last.
         why: String,

@@ -31,7 +31,8 @@ const FIRST: Duration = Duration::from_secs(60);
 /// Has every member compute its checksum, and compares them.
 pub(crate) async fn verify(node: &Arc<Node>) -> Result<VerificationRecord, StoreError> {
     let deadline = Instant::now() + node.config().request_timeout;
-    let (index, revision) = match node.ask_leader(Forward::Check, deadline).await? {
+    let asked = node.ask_leader(Forward::Check, deadline).await;
+    let (index, revision) = match asked.map_err(nothing_to_learn)? {
         Forwarded::Reply(Reply::CheckAt { index, revision }) => (index, revision),
         other => {
             let why = format!("the leader gave an answer that does not fit ({other:?})");
@@ -55,6 +56,14 @@ pub(crate) async fn verify(node: &Arc<Node>) -> Result<VerificationRecord, Store
         tracing::warn!(%error, "how the copies compare could not be written down");
     }
     Ok(record)
+}
+
+/// A check changes nothing: where it is not known whether it was begun, another one may begin.
+fn nothing_to_learn(error: StoreError) -> StoreError {
+    match error {
+        StoreError::UnknownOutcome { why } => StoreError::NoQuorum { why },
+        error => error,
+    }
 }
 
 /// Why a member has no checksum.

@@ -144,14 +144,14 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<(), Failure
                     .remedy("name one: see `clusterctl context list`"));
             };
             let known = renew(global, &folder, known, &name).await?;
-            match show(&known, &name) {
+            match show(&folder, &known, &name) {
                 Some(shown) => print_one(global, &shown),
                 None => Ok(()),
             }
         }
         Command::List => {
             let shown: Vec<_> =
-                known.contexts.keys().filter_map(|name| show(&known, name)).collect();
+                known.contexts.keys().filter_map(|name| show(&folder, &known, name)).collect();
             output::print(global.output, &shown, |shown| {
                 let rows = shown.iter().map(|shown| {
                     let addresses = shown.context.addresses.join(", ");
@@ -178,7 +178,7 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<(), Failure
                     .remedy("see `clusterctl context list`"));
             };
             known.get(&name)?;
-            match show(&known, &name) {
+            match show(&folder, &known, &name) {
                 Some(shown) => print_one(global, &shown),
                 None => Ok(()),
             }
@@ -305,14 +305,17 @@ fn finish(
         known.current = Some(name.clone());
     }
     known.store(folder)?;
-    match show(&known, &name) {
+    match show(folder, &known, &name) {
         Some(shown) => print_one(global, &shown),
         None => Ok(()),
     }
 }
 
-fn show(known: &Contexts, name: &str) -> Option<Shown> {
-    let context = known.contexts.get(name)?.clone();
+/// With the files where they are: a context that was made here has them beside the list.
+fn show(folder: &Path, known: &Contexts, name: &str) -> Option<Shown> {
+    let Context { addresses, ca, certificate, key } = known.contexts.get(name)?.clone();
+    let (ca, certificate, key) = (folder.join(ca), folder.join(certificate), folder.join(key));
+    let context = Context { addresses, ca, certificate, key };
     let current = known.current.as_deref() == Some(name);
     Some(Shown { name: name.to_owned(), current, context })
 }

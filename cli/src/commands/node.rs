@@ -11,7 +11,7 @@ use crate::output::{self, or_dash, yes};
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// All nodes
-    #[command(after_help = "Examples:\n  clusterctl node list")]
+    #[command(visible_alias = "ls", after_help = "Examples:\n  clusterctl node list")]
     List,
     /// One node
     #[command(after_help = "Examples:\n  clusterctl node show node1 -o json")]

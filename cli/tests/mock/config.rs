@@ -113,7 +113,7 @@ fn refusal(files: &BTreeMap<String, v1::KeyValue>, change: &v1::FileChange) -> O
         reason: reason.to_owned(),
         line: u32::try_from(line).unwrap(),
         column: u32::try_from(column).unwrap(),
-        present_revision: None,
+        ..v1::Refusal::default()
     };
     if change.expected_revision.is_some_and(|expected| expected != present) {
         let conflict = refused("it was changed in the meantime", 0, 0);

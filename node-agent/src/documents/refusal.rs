@@ -52,6 +52,7 @@ impl Refusal {
             line: self.fault.at.map_or(0, |at| at.line),
             column: self.fault.at.map_or(0, |at| at.column),
             present_revision: self.present.map(|revision| revision.0),
+            code: u32::try_from(i32::from(self.code)).unwrap_or(0),
         }
     }
     /// For a request that writes this document alone.

@@ -59,6 +59,14 @@ pub(super) async fn run(
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
     };
+    if !folder.is_dir() {
+        return Err(Failure::new(Exit::NotFound, format!("cannot write {}", file.display()))
+            .why(format!("there is no folder {}", folder.display()))
+            .remedy(format!(
+                "make it (`mkdir -p {}`), or mount what belongs there, then try again",
+                folder.display()
+            )));
+    }
     let failed = |error: std::io::Error| Failure::file("write", file, &error);
     // For its owner alone, and gone with this value unless it is kept.
     let mut partial = NamedTempFile::new_in(folder).map_err(failed)?;

@@ -82,6 +82,15 @@ fn holder(certificate: &v1::Certificate) -> String {
     }
 }
 
+/// Of a CA only the dates are known by which it counts, which begin long before it was made: machines
+/// whose clocks are behind take it as well.
+fn issued(certificate: &v1::Certificate) -> String {
+    match certificate.kind.as_str() {
+        "ca" => "-".to_owned(),
+        _ => output::ago(certificate.issued_unix_s.saturating_mul(1000)),
+    }
+}
+
 fn table(certificates: &[v1::Certificate]) -> String {
     let rows = certificates.iter().map(|certificate| {
         let state = match certificate.state.as_str() {
@@ -95,7 +104,7 @@ fn table(certificates: &[v1::Certificate]) -> String {
         [
             holder(certificate),
             certificate.serial.clone(),
-            output::ago(certificate.issued_unix_s.saturating_mul(1000)),
+            issued(certificate),
             output::from_now(certificate.expires_unix_s.saturating_mul(1000)),
             state.to_owned(),
         ]

@@ -1,19 +1,29 @@
 //! `config explain`: what documents are made of, from the schema that the cluster checks them by.
 //! Needs no cluster.
 
+use proto::documents::DocumentPath;
 use proto::schema::{Explanation, explain as look_up};
 
 use crate::args::Format;
 use crate::failure::{Exit, Failure};
 use crate::output;
+use crate::paths;
 
 /// Widest line of prose.
 const WIDTH: usize = 90;
 
-/// Prints what a key means: `vm`, `vm.disks`, `vm.disks[0].image`; all documents where it is empty.
+/// Prints what a key means: `vm`, `vm.disks`, `vm.disks[0].image`; all documents where it is empty. A
+/// document's path (`vms/web`) means what it is made of.
 pub(crate) fn explain(format: Format, key: &str, recursive: bool) -> Result<(), Failure> {
-    let found = find(key)?;
+    let found = find(&kind_of(key).unwrap_or_else(|| key.to_owned()))?;
     output::print(format, &found, |found| text(found, recursive))
+}
+
+/// What the document with a path is called here.
+fn kind_of(path: &str) -> Option<String> {
+    let document = path.contains('/') || path.ends_with(".toml");
+    DocumentPath::of(&document.then(|| paths::key(path))?)
+        .map(|document| document.kind().word().to_owned())
 }
 
 /// Word by word, so that what is not there can be answered with what is. A list may be named in
@@ -120,6 +130,22 @@ mod tests {
             assert_eq!(last(&find(key).unwrap().path), "image", "{key}");
         }
         assert!(find("").unwrap().children.len() > 3);
+    }
+
+    #[test]
+    fn a_documents_path_is_what_it_is_made_of() {
+        for (path, kind) in [
+            ("vms/web", "vm"),
+            ("/vms/web.toml", "vm"),
+            ("nodes/n1", "node"),
+            ("storage.toml", "storage"),
+        ] {
+            assert_eq!(kind_of(path).as_deref(), Some(kind), "{path}");
+            assert!(find(kind).is_ok(), "{kind}");
+        }
+        for key in ["vm", "vm.disks", "notes/a", "vms/"] {
+            assert_eq!(kind_of(key), None, "{key}");
+        }
     }
 
     #[test]
