@@ -68,18 +68,22 @@ enum Command {
     /// Cuts a node's power
     PowerOff {
         /// The node's number
+        #[arg(value_parser = number)]
         node: u32,
     },
     /// Powers a node on; it keeps its disk
     PowerOn {
         /// The node's number
+        #[arg(value_parser = number)]
         node: u32,
     },
     /// Cuts the link between two nodes, or one node off from all others
     Partition {
         /// A node's number
+        #[arg(value_parser = number)]
         a: u32,
         /// Another one; without it: all others
+        #[arg(value_parser = number)]
         b: Option<u32>,
     },
     /// Takes all cuts back
@@ -87,6 +91,7 @@ enum Command {
     /// Stops the agent of a node as it stands (with --node: the whole machine)
     Hang {
         /// The node's number
+        #[arg(value_parser = number)]
         node: u32,
         /// The whole machine
         #[arg(long = "node")]
@@ -95,6 +100,7 @@ enum Command {
     /// Lets it go on
     Thaw {
         /// The node's number
+        #[arg(value_parser = number)]
         node: u32,
         /// The whole machine
         #[arg(long = "node")]
@@ -102,7 +108,11 @@ enum Command {
     },
     /// Runs a command in a node; without one: a shell
     Ssh {
+        /// On a terminal
+        #[arg(short)]
+        terminal: bool,
         /// The node's number
+        #[arg(value_parser = number)]
         node: u32,
         /// The command and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -111,6 +121,14 @@ enum Command {
     /// The lab's network; started by `up`
     #[command(hide = true)]
     Switch { folder: PathBuf, nodes: u32 },
+}
+
+/// A node as people write it: `3`, or by its name, `node3`.
+fn number(text: &str) -> Result<u32, String> {
+    let number = text.strip_prefix("node").unwrap_or(text);
+    number
+        .parse()
+        .map_err(|_| "a node is named by its number or its name, `3` or `node3`".to_owned())
 }
 
 fn main() -> std::process::ExitCode {
@@ -169,7 +187,9 @@ fn run(arguments: Arguments) -> anyhow::Result<std::process::ExitCode> {
         Command::Hang { node, whole: true } => attach()?.freeze(node)?,
         Command::Thaw { node, whole: false } => attach()?.thaw_agent(node)?,
         Command::Thaw { node, whole: true } => attach()?.unfreeze(node)?,
-        Command::Ssh { node, command } => return ssh::ssh(&attach()?, node, &command),
+        Command::Ssh { terminal, node, command } => {
+            return ssh::ssh(&attach()?, node, &command, terminal);
+        }
         Command::Switch { folder, nodes } => serve_switch(&folder, nodes)?,
     }
     Ok(std::process::ExitCode::SUCCESS)

@@ -39,6 +39,18 @@ fn where_no_lab_runs_there_is_nothing_to_end() {
 }
 
 #[test]
+fn a_node_is_named_by_its_number_or_its_name() {
+    assert_eq!((number("3"), number("node3")), (Ok(3), Ok(3)));
+    for wrong in ["", "node", "n3", "node-3", "3x"] {
+        assert!(number(wrong).unwrap_err().contains("node3"), "{wrong}");
+    }
+    let words = ["lab", "ssh", "-t", "node3", "vim", "-R", "x"];
+    let parsed = Arguments::from_arg_matches(&command_line().get_matches_from(words)).unwrap();
+    let Command::Ssh { terminal, node, command } = parsed.command else { panic!("{parsed:?}") };
+    assert_eq!((terminal, node, command), (true, 3, vec!["vim".into(), "-R".into(), "x".into()]));
+}
+
+#[test]
 fn the_pages_examples_parse() {
     let examples =
         HELP.split(['\n', '|']).filter_map(|line| line.trim().strip_prefix("deploy/lab "));

@@ -12,10 +12,18 @@ use tests::lab::state::Backend;
 /// A node that has not started the program by then is hung or cut off.
 const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Runs it and passes its output and exit code on.
-pub(crate) fn ssh(lab: &Lab, node: u32, command: &[String]) -> anyhow::Result<ExitCode> {
+/// Runs it and passes its output and exit code on. A shell has a terminal where this program has one,
+/// a command where it is to have one.
+pub(crate) fn ssh(
+    lab: &Lab,
+    node: u32,
+    command: &[String],
+    terminal: bool,
+) -> anyhow::Result<ExitCode> {
     let shell = ["sh".to_owned(), "-l".to_owned()];
-    let interactive = command.is_empty() && std::io::stdin().is_terminal();
+    let is_terminal = std::io::stdin().is_terminal();
+    anyhow::ensure!(is_terminal || !terminal, "-t: the standard input here is no terminal");
+    let interactive = is_terminal && (terminal || command.is_empty());
     let argv: Vec<&str> =
         if command.is_empty() { &shell[..] } else { command }.iter().map(String::as_str).collect();
     let terminal = interactive.then(terminal_size);
