@@ -5,7 +5,6 @@
 //! from nodes only.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cluster::tls::{PeerIdentity, require_any};
 use futures::StreamExt as _;
@@ -16,6 +15,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 
 use super::Answers;
+pub use super::leader::channel_to_living as leader_channel;
 use crate::access::Granted;
 use crate::node::Node;
 
@@ -127,17 +127,6 @@ impl Caller {
 /// `UNAVAILABLE` if it is not a member any more.
 pub fn channel(node: &Node, to: NodeId) -> Result<Channel, Status> {
     node.cluster().peer_channel(to).map_err(|error| Status::unavailable(error.to_string()))
-}
-
-/// The leader's channel; `None` if this node leads. Waits for an election that is under way. Rather
-/// use [`leader::ask`](super::leader::ask), which does not wait for a leader that is dead.
-///
-/// # Errors
-/// `UNAVAILABLE` if there is no leader within the configured wait: no quorum.
-pub async fn leader_channel(node: &Node) -> Result<Option<Channel>, Status> {
-    let limit = Duration::from_millis(node.config.timing.quorum_wait_ms);
-    let found = super::leader::found(node, Instant::now() + limit).await?;
-    Ok(found.map(|(_, channel)| channel))
 }
 
 /// What is said when the cluster cannot decide.

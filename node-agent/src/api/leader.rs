@@ -64,13 +64,30 @@ where
 {
     let until = deadline(node);
     loop {
+        let Some((leader, channel)) = living(node, until).await? else { return Ok(None) };
+        match attempt(node, leader, wait(node), call(channel)).await {
+            Ok(answer) => return answer.map(Some),
+            Err(Lost::Unanswered) => return Err(unknown(node, leader)),
+            Err(Lost::Unsent) if Instant::now() >= until => return Err(silent(node, leader)),
+            Err(Lost::Unsent) => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
+
+/// The way to a leader that has just given a sign of life; `None`: this node leads. What is then asked
+/// there is not watched over, as [`ask`] does.
+///
+/// # Errors
+/// `UNAVAILABLE` if none gives one within the configured wait.
+pub async fn channel_to_living(node: &Node) -> Result<Option<Channel>, Status> {
+    Ok(living(node, deadline(node)).await?.map(|(_, channel)| channel))
+}
+
+async fn living(node: &Node, until: Instant) -> Result<Option<(NodeId, Channel)>, Status> {
+    loop {
         let Some((leader, channel)) = found(node, until).await? else { return Ok(None) };
         if node.cluster().leader_alive(leader, SIGN_OF_LIFE).await {
-            match attempt(node, leader, wait(node), call(channel)).await {
-                Ok(answer) => return answer.map(Some),
-                Err(Lost::Unsent) => {}
-                Err(Lost::Unanswered) => return Err(unknown(node, leader)),
-            }
+            return Ok(Some((leader, channel)));
         }
         if Instant::now() >= until {
             return Err(silent(node, leader));
@@ -89,10 +106,7 @@ fn deadline(node: &Node) -> Instant {
 }
 
 /// Who leads, and the way there; `None` if this node does. Waits for an election that is under way.
-pub(super) async fn found(
-    node: &Node,
-    until: Instant,
-) -> Result<Option<(NodeId, Channel)>, Status> {
+async fn found(node: &Node, until: Instant) -> Result<Option<(NodeId, Channel)>, Status> {
     loop {
         match node.cluster().leader() {
             Some(leader) if leader == node.id => return Ok(None),

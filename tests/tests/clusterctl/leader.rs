@@ -45,6 +45,9 @@ fn a_silent_leader_is_not_waited_for() {
     let (seen, started) = std::thread::scope(|scope| {
         let seen = scope.spawn(|| second.ctl(&["ha", "status", "-o", "json"]));
         let started = scope.spawn(|| third.ctl(&["vm", "start", "web", "--no-wait"]));
+        // What the loss of each would mean is the leader's word, too.
+        let told = scope.spawn(|| third.ctl(&["cluster", "status"]));
+        in_words(&told.join().unwrap());
         (seen.join().unwrap(), started.join().unwrap())
     });
     assert!(begin.elapsed() < SOON, "after {:?}: {seen:?}, {started:?}", begin.elapsed());
