@@ -234,6 +234,20 @@ fn a_drain_moves_so_many_at_once() {
 }
 
 #[test]
+fn what_cannot_move_while_it_runs_is_stopped_for_it_only_by_ha() {
+    let cluster = Cluster::new(
+        "node1 alive drained\nnode2 alive
+         vm a on node1 started ha cold home=node1
+         vm b on node1 started cold",
+    );
+    assert_eq!(cluster.actions(), ["relocate a g3 r40 node1 -> node2"]);
+    assert_eq!(
+        cluster.explain("b").why,
+        "node1 is drained, but it cannot move while it runs: stop it, or move it by hand"
+    );
+}
+
+#[test]
 fn what_runs_nowhere_leaves_a_drained_node_that_is_gone() {
     let cluster = Cluster::new(
         "node1 dead drained fenced\nnode2 alive\nnode3 unknown drained

@@ -570,7 +570,8 @@ fn check_step(
     let mut commands = Vec::new();
     for (number, command) in step.commands.iter().enumerate() {
         let parsed = Command::parse(command, known).map_err(|error: CommandError| {
-            let line = text.lines().position(|line| line.contains(command.as_str()));
+            let quoted = format!("\"{command}\"");
+            let line = text.lines().position(|line| line.contains(&quoted));
             let line = line.map_or_else(String::new, |line| format!(" (line {})", line + 1));
             invalid(format!("steps[{index}].do[{number}]{line}"), error)
         })?;

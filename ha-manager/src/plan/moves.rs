@@ -239,6 +239,12 @@ impl<'a> Planner<'a> {
         if let Some(lock) = &vm.placement.lock {
             return self.wait(name, format!("{why}: moves when {lock} lets go of it"));
         }
+        if vm.mobility == Mobility::Cold && !vm.managed() {
+            // Nobody has asked for it to be stopped.
+            let why =
+                format!("{why}, but it cannot move while it runs: stop it, or move it by hand");
+            return self.note(name, why, BTreeMap::new());
+        }
         let moving = Wanted::moving(name, vm);
         let choice = match to {
             None => self.placer.choose(moving),

@@ -13,7 +13,8 @@ fn example(kind: DocumentKind) -> &'static str {
             "name = \"web\"\ncpus = 2\nmemory = \"1GiB\"\ncpu = \"host\"\n\
              [boot]\nkernel = \"a/k\"\ninitrd = \"a/i\"\ncmdline = \"quiet\"\n\
              [[disks]]\nimage = \"a/web\"\nsize = \"1GiB\"\nreadonly = true\n\
-             [[nics]]\nnetwork = \"lan\"\nmac = \"52:54:00:12:34:56\"\n[ha]\nenabled = true\n"
+             [[nics]]\nnetwork = \"lan\"\nmac = \"52:54:00:12:34:56\"\n[ha]\nenabled = true\n\
+             priority = 5\nmax_restarts = 2\nmax_relocations = 3\n"
         }
         DocumentKind::Node => {
             "notes = \"rack 4\"\nreserved_memory = \"1GiB\"\n[labels]\nzone = \"east\"\n"
@@ -24,7 +25,8 @@ fn example(kind: DocumentKind) -> &'static str {
             "[history]\nversions = 7\nage = \"7d\"\n\
              [limits]\nlargest_file = \"2KiB\"\nfiles = 700\nfiles_size = \"2MiB\"\n\
              records = 7000\nrecords_size = \"3MiB\"\n\
-             [migration]\ndowntime = \"1s\"\nbandwidth = \"1GiB\"\n"
+             [migration]\ndowntime = \"1s\"\nbandwidth = \"1GiB\"\n\
+             [ha]\nrequire_watchdog = false\nbalance = \"static\"\nauto_rebalance = true\n"
         }
         DocumentKind::Access => "role = \"admin\"\n",
     }

@@ -100,6 +100,15 @@ impl Rig {
             .create_pool(CreatePoolRequest { pool: Some(pool), create_folder: true })
             .await
             .unwrap();
+        self.without_watchdogs().await;
+    }
+
+    /// HA VMs run here all the same: no agent of a test has a watchdog.
+    async fn without_watchdogs(&self) {
+        let document = b"[ha]\nrequire_watchdog = false\n".to_vec();
+        let txn = cluster::Txn::new().put(proto::keys::CLUSTER_DOCUMENT, document);
+        let done = self.agent.node().unwrap().cluster().txn(txn).await.unwrap();
+        assert!(done.committed());
     }
 
     pub async fn image(&self, pool: &str, name: &str, kind: &str, data: Vec<u8>) {
