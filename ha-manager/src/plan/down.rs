@@ -166,10 +166,14 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// The node that it stays on, all else being equal.
+    /// The node that it stays on, all else being equal: not one that just lost it.
     fn stays(&self, vm: &VmView) -> Option<NodeId> {
-        let by_hand = vm.placement.phase == Phase::Stopped;
-        (!(by_hand && self.policy.rebalance_on_start)).then_some(vm.placement.owner)
+        let stays = match vm.placement.phase {
+            Phase::Stopped => !self.policy.rebalance_on_start,
+            Phase::Frozen => true,
+            _ => false,
+        };
+        stays.then_some(vm.placement.owner)
     }
 
     fn mark_unplaceable(&mut self, name: &'a Name, vm: &'a VmView, no_place: NoPlace) {
